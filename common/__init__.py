@@ -1,0 +1,1 @@
+"""Ground floor: what more than one stage needs. Imports nothing from the stages."""

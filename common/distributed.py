@@ -1,0 +1,117 @@
+"""The processes of one launch: who they are, how they share work, and whether they are as many as was asked.
+
+Every process takes part in every stage: lists are dealt out, results gathered on all. Written on
+accelerate's PartialState, so the same code runs in one process and in many.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from common.errors import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# One process may work for hours while the others wait at a barrier; torch's default of 30 minutes would end them.
+TIMEOUT = timedelta(days=7)
+
+
+def start(expected: int | None = None) -> PartialState:
+    """Join the other processes of this launch, on the GPU where there is one.
+
+    Args:
+        expected: the number of processes that the recipe asks for, if it does.
+
+    Raises:
+        InputError: if there are fewer processes than the launcher or the recipe asked for.
+    """
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        # `accelerate launch --cpu --num_processes 2` starts one process only, and says nothing.
+        raise InputError(
+            "launch: several processes were asked for, but only one was started (MASTER_ADDR is set, WORLD_SIZE is "
+            "not); pass --config_file configs/cpu-2.yaml or another file of configs/ to accelerate launch"
+        )
+    use_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=use_cpu, timeout=TIMEOUT) if _launched_with_others() else PartialState(cpu=use_cpu)
+    promised = expected if expected is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != promised:
+        raise InputError(
+            f"launch: {promised} processes were asked for, but {state.num_processes} started; launch with "
+            f"--num_processes {promised} and a file of configs/, or correct `processes` in the recipe"
+        )
+    return state
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return PartialState().process_index if PartialState._shared_state else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return PartialState().num_processes if PartialState._shared_state else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks to the user."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    chosen: torch.device = PartialState().device if PartialState._shared_state else torch.device("cpu")
+    return chosen
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if world_size() > 1:
+        PartialState().wait_for_everyone()
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    if world_size() > 1:
+        tensor = tensor.to(device())
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(value: Item) -> Item:
+    """The main process's value, on every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    broadcast_object_list(values, from_process=0)
+    return values[0]
+
+
+def share(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+    """Deal items out to the processes, let each work on its part, and return all results in the items' order.
+
+    Args:
+        items: the same sequence on every process.
+        work: maps a part to as many results, in order.
+
+    Returns:
+        One result per item, on every process.
+    """
+    if world_size() == 1:
+        return list(work(items))
+    mine = items[rank() :: world_size()]
+    parts: list[list[Result]] = gather_object([list(work(mine))])
+    results: list[Result | None] = [None] * len(items)
+    for process, part in enumerate(parts):
+        results[process :: world_size()] = part
+    return results  # type: ignore[return-value]  # every place is filled: the strides cover all items
+
+
+def _launched_with_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,0 +1,61 @@
+"""How far one model's next-token distributions are from another's, over whole answers.
+
+The first token's divergence alone is zero wherever every answer opens alike, so whole answers are compared,
+teacher-forced: both models read the same text.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common import chat
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) of the distributions over the last axis, in nats.
+
+    Args:
+        p_logits: [..., vocab].
+        q_logits: [..., vocab].
+
+    Returns:
+        [...] in float64, never negative; a token that p rules out (a logit of -inf) contributes nothing.
+    """
+    p = torch.log_softmax(p_logits.to(torch.float64), dim=-1)
+    q = torch.log_softmax(q_logits.to(torch.float64), dim=-1)
+    terms = torch.where(p.isneginf(), torch.zeros_like(p), p.exp() * (p - q))
+    return terms.sum(dim=-1).clamp_min(0.0)
+
+
+@torch.inference_mode()
+def answer_logits(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
+) -> list[Tensor]:
+    """The logits that predict each token of each answer, in one forward pass.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids of each prompt.
+        answers: token ids of each answer, at least one each.
+        pad_id: id to pad with.
+
+    Returns:
+        One tensor [answer length, vocab] per row.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, mask = chat.pad_left(rows, pad_id, model.device)
+    longest = max(len(answer) for answer in answers)
+    # With the padding in front all answers end in the last column, so only these columns need logits.
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=chat.positions(mask), use_cache=False, logits_to_keep=longest + 1
+    ).logits
+    return [logits[row, -len(answer) - 1 : -1] for row, answer in enumerate(answers)]
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, shortest first."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]

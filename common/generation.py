@@ -1,0 +1,134 @@
+"""Answers: greedy, or sampled with a random stream of its own for every prompt.
+
+A prompt's sample depends on the seed and the prompt alone, never on the batch or the process it fell into.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from common import chat, distributed
+
+
+class GumbelSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling: the largest of logits / temperature + Gumbel noise is a sample.
+
+    Each row draws its noise from its own generator. Source: Maddison et al. 2014, arXiv:1411.0030
+    (the Gumbel-max trick).
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        """Give every row of the batch its own stream.
+
+        Args:
+            temperature: above 0.
+            seeds: one per row.
+        """
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Add the noise of the next position to the scores [batch, vocab]."""
+        uniform = torch.stack([torch.rand(scores.shape[-1], generator=stream) for stream in self.generators])
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        return scores.float() / self.temperature + noise.to(scores.device)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    description: str = "answers",
+) -> list[list[int]]:
+    """Answer prompts; the processes of the launch share the work.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: the user's turns.
+        max_new_tokens: where an answer is cut if the model does not end it.
+        batch_size: prompts per forward pass and process.
+        temperature: 0 for greedy decoding.
+        seed: of the samples.
+        description: label of the progress bar.
+
+    Returns:
+        The token ids of each answer without its end token, in the prompts' order, on every process.
+    """
+
+    def work(part: Sequence[str]) -> list[list[int]]:
+        return _generate_part(
+            model, tokenizer, part, max_new_tokens, batch_size, temperature, seed, description
+        )
+
+    return distributed.share(prompts, work)
+
+
+@torch.inference_mode()
+def _generate_part(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    description: str,
+) -> list[list[int]]:
+    encoded = chat.encode(tokenizer, prompts) if prompts else []
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    ends = end_tokens(model, tokenizer)
+    bar = tqdm(total=len(order), desc=description, disable=not distributed.is_main(), leave=False)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+        ids, mask = chat.pad_left([encoded[index] for index in batch], pad_id, model.device)
+        sampling = LogitsProcessorList()
+        if temperature > 0:
+            sampling.append(GumbelSampling(temperature, [_seed_of(seed, prompts[index]) for index in batch]))
+        output = model.generate(  # type: ignore[operator]  # the mixin's method is untyped
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            logits_processor=sampling,
+            eos_token_id=ends,
+            pad_token_id=pad_id,
+        )
+        for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+            answers[index] = _until_end(row, ends)
+        bar.update(len(batch))
+    bar.close()
+    return answers
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the generation configuration's and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None})
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return ids[:index]
+    return ids
+
+
+def _seed_of(seed: int, prompt: str) -> int:
+    digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

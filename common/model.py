@@ -1,0 +1,168 @@
+"""Models and tokenizers: found, checked without loading a weight, and loaded."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common import distributed
+from common.architecture import architecture_of
+from common.errors import InputError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+NEEDED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*")
+
+
+def resolve(name_or_path: str, revision: str | None = None) -> Path:
+    """The local folder of a model: the path itself, or the snapshot of a hub id.
+
+    Raises:
+        InputError: if it is neither a folder nor a model that the hub or its local cache can give.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if path.exists() or name_or_path.startswith((".", "/")) or name_or_path.count("/") != 1:
+        hint = "; build it with `python -m patient --output " + name_or_path + "`" if "patient" in name_or_path else ""
+        raise InputError(f"model: {name_or_path} is no folder and no hub id of the form owner/name{hint}")
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(NEEDED_FILES)))
+    except Exception as error:  # the hub raises a dozen kinds, none of which the user should read as a traceback
+        hint = "; build it with `python -m patient --output " + name_or_path + "`" if "patient" in name_or_path else ""
+        raise InputError(
+            f"model: {name_or_path} is no local folder, and the hub did not give it ({type(error).__name__}); check "
+            f"the name, revision and network{hint}"
+        ) from error
+
+
+def check_model(folder: Path) -> list[str]:
+    """What makes a model folder unusable here, found without loading a weight.
+
+    Returns:
+        Problems in words; empty if there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        architecture_of(config.model_type)
+    except InputError as error:
+        return [str(error)]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"model: {folder} has no readable config.json ({_first_line(error)}); name a complete model folder"]
+    problems = list(_weight_problems(folder))
+    if getattr(config, "quantization_config", None) is not None:
+        problems.append(
+            f"model: {folder} is quantized; an edit of packed weights gives garbage: name the full-precision source"
+        )
+    try:
+        load_tokenizer(folder)
+    except InputError as error:
+        problems.append(str(error))
+    return problems
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted by name."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def identity_files(folder: Path) -> list[Path]:
+    """The files that make a model what it is: weights, configuration, tokenizer and template."""
+    others = [folder / name for name in ("config.json", "generation_config.json", *TOKENIZER_FILES)]
+    return [*weight_files(folder), *(file for file in others if file.is_file())]
+
+
+def load_config(folder: Path) -> Any:  # noqa: ANN401  # each family has a class of its own
+    """The configuration of a model folder."""
+    return AutoConfig.from_pretrained(folder)
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer that pads on the left and has a chat template.
+
+    Raises:
+        InputError: if there is no tokenizer or no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(str(path), revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model: {path} has no readable tokenizer ({_first_line(error)}); add its files") from error
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"model: {path} has no chat template, so it is no chat model and cannot refuse as one; add "
+            "chat_template.jinja, or name its instruct version"
+        )
+    # Right padding would make the last position of a short prompt a pad token.
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]  # AutoTokenizer is untyped
+
+
+def load_model(path: str | Path, *, revision: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model in evaluation mode, on this process's device.
+
+    Args:
+        path: folder or hub id.
+        revision: of the hub id.
+        dtype: a torch dtype by name, or `auto` for the checkpoint's own.
+
+    Raises:
+        InputError: if the weights cannot be read.
+    """
+    folder = resolve(str(path), revision)
+    several_gpus = distributed.world_size() == 1 and torch.cuda.device_count() > 1
+    try:
+        with _every_rank_reads_weights():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                device_map="auto" if several_gpus else None,
+            )
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"model: {folder} could not be loaded ({_first_line(error)}); check its files") from error
+    if not several_gpus:
+        model = model.to(distributed.device())
+    return model.eval()  # type: ignore[no-any-return]  # AutoModel is untyped
+
+
+def _weight_problems(folder: Path) -> Iterator[str]:
+    files = weight_files(folder)
+    if not files:
+        yield f"model: {folder} holds no safetensors weights; convert the checkpoint (pickled weights are not loaded)"
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            yield f"model: {file} is truncated or damaged ({_first_line(error)}); fetch or build it again"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for missing in sorted(named - {file.name for file in files}):
+            yield f"model: {folder} lacks {missing}, which its index names; fetch it"
+
+
+@contextmanager
+def _every_rank_reads_weights() -> Iterator[None]:
+    # Under accelerate's FSDP variables from_pretrained leaves all ranks but the first without weights.
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    if before is not None:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,102 @@
+"""Prompts from a file (JSONL, CSV or text) or a data set, as the recipe names them."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from common.recipe import PromptSource
+
+
+def load_prompts(source: PromptSource) -> list[str]:
+    """Load the prompts of a source, in order.
+
+    Args:
+        source: a file or a data set with its column and slice.
+
+    Returns:
+        At least one prompt; blank lines of text files are skipped.
+
+    Raises:
+        InputError: if the file or data set is missing or damaged, lacks the column, or holds no prompt.
+    """
+    prompts = [_prompt_of(row, source.column, describe(source)) for row in load_rows(source)]
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise InputError(f"{describe(source)} holds no prompts; a source needs at least one")
+    return prompts
+
+
+def load_rows(source: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # prompt and preference sources share these fields
+    """Load the rows of a source that names a `path` or a `dataset` with `split`, `revision`, `subset`, `slice`.
+
+    Raises:
+        InputError: as `load_prompts`.
+    """
+    rows = _file_rows(Path(source.path)) if source.path is not None else _dataset_rows(source)
+    if source.slice is None:
+        return rows
+    start, stop = (int(part) if part else None for part in source.slice.split(":"))
+    return rows[start:stop]
+
+
+def describe(source: Any) -> str:  # noqa: ANN401  # prompt and preference sources share these fields
+    """The source in words, for messages."""
+    return str(source.path) if source.path is not None else f"data set {source.dataset} ({source.split})"
+
+
+def _file_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is no file; correct the path (it is taken from the current folder)")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    if path.suffix in (".jsonl", ".json"):
+        return _jsonl_rows(path, text)
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    if path.suffix == ".txt":
+        return [{"prompt": line} for line in text.splitlines() if line.strip()]
+    raise InputError(f"{path} ends in {path.suffix!r}; name a .jsonl, .csv or .txt file")
+
+
+def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number} is not JSON ({error.msg}); a JSONL file has one object a line") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number} is no JSON object; a JSONL file has one object a line")
+        rows.append(row)
+    return rows
+
+
+def _dataset_rows(source: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # see load_rows
+    import datasets  # noqa: PLC0415  # slow to import and not needed for files
+
+    try:
+        loaded = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:  # the library raises a dozen kinds, none of which the user should read as a traceback
+        raise InputError(
+            f"{describe(source)} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+            "check the name, split and network, or name a local file with `path`"
+        ) from error
+    return [dict(row) for row in loaded]
+
+
+def _prompt_of(row: dict[str, Any], column: str, name: str) -> str:
+    if column not in row:
+        raise InputError(f"{name} has no column {column!r} (found: {', '.join(map(str, row))}); set `column`")
+    value = row[column]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        # A conversation: its first user message. A list must never become one long prompt.
+        value = next((message.get("content") for message in value if message.get("role") == "user"), None)
+    if not isinstance(value, str):
+        raise InputError(f"{name}: column {column!r} holds {type(value).__name__}, not text; name another column")
+    return value
