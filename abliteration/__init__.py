@@ -1,0 +1,1 @@
+"""Stage one: find the direction that carries refusal, and remove it from the weights."""

@@ -1,0 +1,184 @@
+"""Which candidate direction is removed: refusal_direction's scores, its filters and thresholds.
+
+Three scores per candidate, none of which needs generation: **bypass**, the mean refusal score on harmful
+prompts while the candidate is removed; **induce**, the same on harmless prompts while it is added; **kl**, how
+far removing it moves the next token on harmless prompts. Source: Arditi et al. 2024, arXiv:2406.11717,
+appendix C.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from abliteration.baseline import refusal_scores
+from common import chat, distributed, residual
+from common.divergence import batches, kl_divergence
+from common.edits import Edit, applied_by_hooks
+from common.errors import StageError
+from common.recipe import ScoresSelection
+
+MakeEdit = Callable[[Tensor], Edit]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A direction with its scores.
+
+    Attributes:
+        layer: the block whose input it was measured at.
+        position: counted from the end of the prompt, -1 the last token.
+        norm: length of the difference in means.
+        bypass: mean refusal score on harmful prompts while it is removed; None if not scored.
+        induce: mean refusal score on harmless prompts while it is added.
+        kl: mean next-token KL(original || edited) on harmless prompts, nats.
+        dropped: why it cannot be chosen, or None.
+    """
+
+    layer: int
+    position: int
+    norm: float
+    bypass: float | None = None
+    induce: float | None = None
+    kl: float | None = None
+    dropped: str | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out prompts that candidates are scored on.
+
+    Attributes:
+        harmful: prompts that the model refuses.
+        harmless: prompts that it answers.
+    """
+
+    harmful: Sequence[str]
+    harmless: Sequence[str]
+
+
+@torch.inference_mode()
+def next_token_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int
+) -> Tensor:
+    """The logits [prompts, vocab] behind each prompt in float32, shared by the processes."""
+    encoded = chat.encode(tokenizer, prompts)
+
+    def work(part: Sequence[list[int]]) -> list[Tensor]:
+        rows: list[Tensor] = [torch.empty(0)] * len(part)
+        for batch in batches([len(ids) for ids in part], batch_size):
+            pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+            ids, mask = chat.pad_left([part[index] for index in batch], pad_id, model.device)
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=chat.positions(mask),
+                use_cache=False,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            for index, row in zip(batch, logits.float().cpu(), strict=True):
+                rows[index] = row
+        return rows
+
+    return torch.stack(distributed.share(encoded, work))
+
+
+def score_candidates(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directions: Tensor,
+    validation: Validation,
+    tokens: Sequence[int],
+    make_edit: MakeEdit,
+    settings: ScoresSelection,
+    batch_size: int,
+) -> list[Candidate]:
+    """Score every candidate that could be chosen.
+
+    Args:
+        model: the unedited model.
+        tokenizer: its tokenizer.
+        directions: candidates [layers, positions, d_model], not normalized.
+        validation: held-out prompts.
+        tokens: the refusal tokens.
+        make_edit: the recipe's edit for a direction.
+        settings: filters and thresholds.
+        batch_size: prompts per forward pass.
+
+    Returns:
+        One candidate per layer and position, with the reason where it was dropped.
+    """
+    num_layers, num_positions, _ = directions.shape
+    base = next_token_logits(model, tokenizer, validation.harmless, batch_size)
+    candidates = []
+    places = [(layer, index) for layer in range(num_layers) for index in range(num_positions)]
+    for layer, index in tqdm(places, desc="candidates", disable=not distributed.is_main(), leave=False):
+        direction = directions[layer, index]
+        candidate = Candidate(layer, index - num_positions, float(direction.norm()))
+        reason = _unusable(candidate, num_layers, settings)
+        if reason is not None:
+            candidates.append(Candidate(layer, candidate.position, candidate.norm, dropped=reason))
+            continue
+        with applied_by_hooks(model, make_edit(direction)):
+            logits = next_token_logits(model, tokenizer, [*validation.harmful, *validation.harmless], batch_size)
+        with residual.adding(model, layer, direction):
+            added = next_token_logits(model, tokenizer, validation.harmless, batch_size)
+        harmful, harmless = logits.split([len(validation.harmful), len(validation.harmless)])
+        scores = {
+            "bypass": float(refusal_scores(harmful, tokens).mean()),
+            "induce": float(refusal_scores(added, tokens).mean()),
+            "kl": float(kl_divergence(base, harmless).mean()),
+        }
+        candidates.append(
+            Candidate(layer, candidate.position, candidate.norm, **scores, dropped=_missed(scores, settings))
+        )
+    return candidates
+
+
+def choose(candidates: Sequence[Candidate], settings: ScoresSelection) -> Candidate:
+    """The candidate with the smallest bypass score among those that passed the filters.
+
+    Raises:
+        StageError: if none passed, with how near the best ones came.
+    """
+    left = [candidate for candidate in candidates if candidate.dropped is None]
+    if left:
+        return min(left, key=lambda candidate: (candidate.bypass, candidate.layer, candidate.position))
+    scored = sorted((c for c in candidates if c.bypass is not None), key=lambda c: c.bypass or 0.0)[:3]
+    nearest = "; ".join(
+        f"layer {c.layer} position {c.position}: bypass {c.bypass:.2f}, induce {c.induce:.2f}, KL {c.kl:.3f} ({c.dropped})"
+        for c in scored
+    )
+    raise StageError(
+        f"abliteration: none of {len(candidates)} candidate directions passed the filters (max_kl {settings.max_kl}, "
+        f"min_induce {settings.min_induce}, skip_last_layers {settings.skip_last_layers}); nearest: {nearest}; loosen "
+        "abliteration.selection, or give more prompts"
+    )
+
+
+def _unusable(candidate: Candidate, num_layers: int, settings: ScoresSelection) -> str | None:
+    if not math.isfinite(candidate.norm) or candidate.norm == 0:
+        # The input of the first block at a fixed token of the template is the same for every prompt.
+        return "no difference between the prompt sets"
+    if candidate.layer >= int(num_layers * (1 - settings.skip_last_layers)):
+        return "among the last layers"
+    return None
+
+
+def _missed(scores: dict[str, float], settings: ScoresSelection) -> str | None:
+    if not all(math.isfinite(score) for score in scores.values()):
+        return "a score is not finite"
+    if scores["kl"] > settings.max_kl:
+        return "kl above max_kl"
+    if scores["induce"] < settings.min_induce:
+        return "induce below min_induce"
+    return None
