@@ -1,0 +1,676 @@
+"""The recipe as types: every key, its default, its meaning and its limits.
+
+Models are frozen and refuse unknown keys; words, numbers and booleans are never converted into each
+other. The file name of a component (a direction, an edit, a benchmark...) is the `name` that
+selects it here: `COMPONENTS` lists them all.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+
+Key = tuple[str | int, ...]
+
+# Tags of unions begin with it, so that they can be told from keys in the place of an error.
+TAG_MARK: Final = "="
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """Return `; did you mean "x"? (known: x, y)` for a word that is not known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    guess = f'; did you mean "{close[0]}"?' if close else ""
+    return f"{guess} (known: {', '.join(names)})"
+
+
+def fail(*problems: tuple[Key, str]) -> None:
+    """Raise problems from inside a validator, each with its place below the validated value."""
+    if problems:
+        raise ValidationError.from_exception_data(
+            "recipe",
+            [
+                InitErrorDetails(
+                    type=PydanticCustomError("recipe", "{text}", {"text": text}),
+                    loc=place,
+                    input=None,
+                )
+                for place, text in problems
+            ],
+        )
+
+
+def _named(kind: str) -> Discriminator:
+    """Tell the members of a union apart by `name`; the error for an unknown one says its kind."""
+
+    def tag(value: object) -> str:
+        name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+        return f"{TAG_MARK}{name}"
+
+    return Discriminator(
+        tag,
+        custom_error_type="component",
+        custom_error_message="{kind}",
+        custom_error_context={"kind": kind},
+    )
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: frozen, with no keys but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_slice(text: str) -> str:
+    """Refuse what is not `start:stop`, and what selects everything or nothing."""
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
+    problem = None
+    if match is None:
+        problem = 'is not a slice; write "start:stop" in whole numbers, e.g. "0:128"'
+    else:
+        start, stop = int(match[1] or 0), int(match[2]) if match[2] else None
+        if start == 0 and stop is None:
+            problem = "selects every row, so it has no effect; delete it"
+        elif stop is not None and (start < 0) == (stop < 0) and start >= stop:
+            problem = "selects no row; the stop must lie behind the start"
+    if problem:
+        fail(((), f'"{text}" {problem}'))
+    return text
+
+
+Slice = Annotated[Text, AfterValidator(_check_slice)]
+
+
+class Source(Section):
+    """Rows of a local file or of a hub data set."""
+
+    path: Text | None = Field(
+        default=None, description="A local file: JSONL, CSV or text. Give this or dataset."
+    )
+    dataset: Text | None = Field(
+        default=None, description="A data set on the hub, by its id. Give this or path."
+    )
+    revision: Text | None = Field(
+        default=None,
+        description="Commit, tag or branch of the data set; pin a commit to reproduce.",
+    )
+    subset: Text | None = Field(default=None, description="Configuration name of the data set.")
+    split: Text | None = Field(
+        default=None, description='Split of the data set; "train" when nothing is given.'
+    )
+    slice: Slice | None = Field(
+        default=None, description='Rows to take, as a Python slice: "0:128", ":100", "-50:".'
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_split(cls, data: object) -> object:
+        """Fill in the split, which only a data set has."""
+        if isinstance(data, Mapping) and data.get("dataset") and data.get("split") is None:
+            return {**data, "split": "train"}
+        return data
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        """Ask for exactly one origin, and for settings that belong to it."""
+        if self.path is None and self.dataset is None:
+            fail(((), "names no rows; give path (a local file) or dataset (a hub id)"))
+        if self.path is not None and self.dataset is not None:
+            fail((("dataset",), "is given beside path; keep one of the two"))
+        if self.path is not None:
+            fail(
+                *(
+                    ((key,), "has no effect on a local file; delete it, or give dataset")
+                    for key in ("revision", "subset", "split")
+                    if getattr(self, key) is not None
+                )
+            )
+        return self
+
+
+class PromptSource(Source):
+    """Prompts: one column of a file or data set."""
+
+    column: Text = Field(
+        default="prompt", description="The column (JSONL key, CSV header) of the prompt."
+    )
+
+    @model_validator(mode="after")
+    def _text_has_no_columns(self) -> Self:
+        """Refuse a column of a file that has one prompt per line."""
+        if self.path is not None and self.path.endswith(".txt") and self.column != "prompt":
+            fail((("column",), "has no effect on a text file (one prompt per line); delete it"))
+        return self
+
+
+class ModelSection(Section):
+    """The model to change."""
+
+    name_or_path: Text = Field(description="A local folder, or the id of a model on the hub.")
+    revision: Text | None = Field(
+        default=None, description="Commit, tag or branch on the hub; pin a commit to reproduce."
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="auto", description="Number type of the weights; auto: as they are saved."
+    )
+
+
+class ValidationPrompts(Section):
+    """Prompts of their own for choosing the direction."""
+
+    harmful: PromptSource = Field(description="Prompts the model refuses, for the choice.")
+    harmless: PromptSource = Field(description="Prompts the model answers, for the choice.")
+
+
+def _validation_form(value: object) -> str:
+    """Tell a number of held-out prompts from sources of their own."""
+    return "=prompts" if isinstance(value, Mapping | ValidationPrompts) else "=number"
+
+
+class AbliterationPrompts(Section):
+    """The two kinds of prompts whose difference is the direction."""
+
+    harmful: PromptSource = Field(description="Prompts that the model refuses.")
+    harmless: PromptSource = Field(description="Prompts of the same form that it answers.")
+    validation: Annotated[
+        Annotated[Count, Tag("=number")] | Annotated[ValidationPrompts, Tag("=prompts")],
+        Discriminator(_validation_form),
+    ] = Field(
+        default=32,
+        description="Prompts for choosing the direction: how many to hold out of each kind, "
+        "or sources of their own.",
+    )
+
+    @model_validator(mode="after")
+    def _two_kinds(self) -> Self:
+        """Refuse twice the same prompts: their means do not differ."""
+        if self.harmful == self.harmless:
+            fail((("harmless",), "is the same as harmful, so there is no difference to find"))
+        return self
+
+
+class DifferenceInMeans(Section):
+    """Mean activation on harmful prompts minus the mean on harmless ones."""
+
+    name: Literal["difference_in_means"] = Field(description="The direction estimator.")
+
+
+class ScoresSelection(Section):
+    """Choose layer and position by how well removing the direction stops refusals."""
+
+    name: Literal["scores"] = Field(description="Choose by scores on the validation prompts.")
+    max_kl: Number = Field(
+        default=0.1,
+        gt=0,
+        description="Largest divergence (nats) that removing it may cause on harmless prompts.",
+    )
+    min_induce: Number = Field(
+        default=0.0,
+        description="Smallest refusal score that adding it must cause on harmless prompts.",
+    )
+    skip_last_layers: Number = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Fraction of the layers, from the end, that are not tried.",
+    )
+    min_refusals: Count = Field(
+        default=8,
+        description="Harmful prompts the model itself must refuse for there to be a direction.",
+    )
+
+
+class FixedSelection(Section):
+    """Take the direction of one layer and position."""
+
+    name: Literal["fixed"] = Field(description="Take a known layer and position.")
+    layer: Whole = Field(ge=0, description="Index of the block whose input is read, from 0.")
+    position: Whole = Field(lt=0, description="Token position from the end of the prompt: -1, -2.")
+
+
+class Orthogonalize(Section):
+    """Remove the direction from every matrix that writes to the residual stream."""
+
+    name: Literal["orthogonalize"] = Field(description="The edit.")
+    strength: Number = Field(
+        default=1.0, gt=0, description="Share of the component to remove: 1 removes all of it."
+    )
+
+
+class AbliterationSection(Section):
+    """Stage 1: find the direction and remove it."""
+
+    prompts: AbliterationPrompts = Field(description="What the direction is found on.")
+    direction: Annotated[
+        Annotated[DifferenceInMeans, Tag("=difference_in_means")],
+        _named("direction"),
+    ] = Field(
+        default=DifferenceInMeans(name="difference_in_means"),
+        description="How candidate directions are estimated.",
+    )
+    selection: Annotated[
+        Annotated[ScoresSelection, Tag("=scores")] | Annotated[FixedSelection, Tag("=fixed")],
+        _named("selection"),
+    ] = Field(default=ScoresSelection(name="scores"), description="How one candidate is chosen.")
+    edit: Annotated[Annotated[Orthogonalize, Tag("=orthogonalize")], _named("edit")] = Field(
+        default=Orthogonalize(name="orthogonalize"),
+        description="How it is removed from the weights.",
+    )
+    batch_size: Count = Field(default=32, description="Prompts per forward pass and rank.")
+
+
+class OnPolicy(Section):
+    """Pairs made here: the original model's answer is chosen, the abliterated model's rejected."""
+
+    name: Literal["on_policy"] = Field(description="Make pairs from the two models' own answers.")
+    prompts: PromptSource = Field(description="Prompts that the original model does not refuse.")
+    max_new_tokens: Count = Field(default=256, description="Longest answer, in tokens.")
+    temperature: Number = Field(
+        default=1.0, ge=0, description="Sampling temperature of the rejected answer; 0 is greedy."
+    )
+    batch_size: Count = Field(default=32, description="Prompts per generation batch and rank.")
+
+
+class Columns(Section):
+    """Where a preference data set keeps its three parts."""
+
+    prompt: Text | None = Field(
+        default="prompt",
+        description="Column of the prompt; null: it is the common start of the answers.",
+    )
+    chosen: Text = Field(default="chosen", description="Column of the better answer.")
+    rejected: Text = Field(default="rejected", description="Column of the worse answer.")
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        """Refuse one column in two roles."""
+        if len({self.prompt, self.chosen, self.rejected}) < 3:
+            fail(((), "names one column twice; prompt, chosen and rejected must differ"))
+        return self
+
+
+class PreferenceDataset(Source):
+    """Pairs that exist already."""
+
+    name: Literal["dataset"] = Field(description="Take pairs from a file or data set.")
+    columns: Columns | None = Field(
+        default=None, description="Column names; null: prompt, chosen and rejected as usual."
+    )
+
+
+def _anchor_has_effect(weight: object) -> object:
+    """Refuse the weight 0 with a better remedy than a larger weight."""
+    if isinstance(weight, int | float) and not isinstance(weight, bool) and weight == 0:
+        fail(((), "is 0, so the anchor has no effect; delete the anchor"))
+    return weight
+
+
+class Anchor(Section):
+    """Distillation: hold the healed model's next-token probabilities to a teacher's."""
+
+    to: Literal["original", "abliterated"] = Field(
+        description="The teacher: original on harmless prompts, abliterated on the once refused."
+    )
+    prompts: PromptSource = Field(description="Prompts the teacher answers.")
+    weight: Annotated[Number, BeforeValidator(_anchor_has_effect)] = Field(
+        default=1.0, gt=0, description="Weight of this term in the loss."
+    )
+    batch_size: Count = Field(default=16, description="Prompts per optimizer step, over all ranks.")
+    top_k: Count = Field(
+        default=64, description="Teacher probabilities that are kept for each token."
+    )
+    max_new_tokens: Count = Field(default=256, description="Longest teacher answer, in tokens.")
+
+
+def _unusable(value: object, place: Key) -> Iterator[tuple[Key, str]]:
+    """Find numbers that no library can use, however deep they are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, f"is {value}, which is not a usable number"
+    inner: Iterable[tuple[Any, object]] = ()
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    for step, child in inner:
+        yield from _unusable(child, (*place, step))
+
+
+def _check_block(block: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a pass-through block that holds infinity or no number."""
+    fail(*_unusable(block, ()))
+    return block
+
+
+Block = Annotated[dict[Text, Any], AfterValidator(_check_block)]
+
+
+class TrainSection(Section):
+    """Stage 2: win back what the edit broke."""
+
+    preferences: tuple[
+        Annotated[
+            Annotated[OnPolicy, Tag("=on_policy")] | Annotated[PreferenceDataset, Tag("=dataset")],
+            _named("preference source"),
+        ],
+        ...,
+    ] = Field(
+        default=(), description="Where preference pairs come from; all of them are used together."
+    )
+    anchors: tuple[Anchor, ...] = Field(
+        default=(), description="Distillation terms beside the pairs."
+    )
+    keep_ablated: Literal["none", "hard"] = Field(
+        default="hard",
+        description="hard: training cannot write along the removed direction; none: it can.",
+    )
+    adapter: Block | None = Field(
+        default={"r": 16, "lora_alpha": 32},
+        description="peft.LoraConfig by its own names; null: train all weights.",
+    )
+    global_batch_size: Count = Field(
+        default=32, description="Pairs per optimizer step over all ranks, however many there are."
+    )
+    trainer: Block = Field(default={}, description="trl.DPOConfig by its own names.")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        """Refuse training on nothing."""
+        if not self.preferences and not self.anchors:
+            fail(((), "has neither preferences nor anchors, so nothing is trained; give one"))
+        return self
+
+
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.\-]*"
+_RATE: Final = frozenset({"value", "low", "high"})
+_MODELS: Final = frozenset({"original", "abliterated", "healed"})
+_DIVERGENCE: Final = frozenset({"mean_kl", "p99_kl", "top1_agreement", "first_token_kl"})
+_RATES: Final[Mapping[str, Iterable[str]]] = dict.fromkeys(sorted(_MODELS), _RATE)
+
+# The numbers of results.json that a gate can name: list, then field, then its own fields.
+RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
+    "benchmarks": {
+        **_RATES,
+        "n": (),
+        "answer_logp": _MODELS,
+        "damage": _RATE | {"p"},
+        "recovery": _RATE,
+    },
+    "refusal": {**_RATES, "n": ()},
+    "divergence": {
+        "num_tokens": (),
+        "abliterated": _DIVERGENCE,
+        "healed": _DIVERGENCE,
+    },
+    "pooled": {"n": (), "damage": _RATE, "recovery": _RATE},
+    "direction": {"residual": frozenset({"abliterated", "healed"})},
+}
+_ITEM_LISTS: Final = frozenset({"benchmarks", "refusal", "divergence"})
+
+
+def _check_gate(path: str) -> str:
+    """Refuse a gate that names no number of results.json."""
+    problem = _gate_problem(path)
+    if problem:
+        fail(((), problem))
+    return path
+
+
+def _gate_problem(path: str) -> str | None:
+    """Say what is wrong with the dotted path of a gate, if anything is."""
+    match = re.fullmatch(r"([^\[\].]+)(?:\[([^\[\]]+)\])?((?:\.[^\[\].]+)+)", path)
+    if not match:
+        return (
+            "is not a field of results.json; write e.g. refusal[restricted].healed.value "
+            "or pooled.recovery.value"
+        )
+    head, item, rest = match.groups()
+    if head not in RESULT_FIELDS:
+        return f'"{head}" is not in results.json{nearest(head, RESULT_FIELDS)}'
+    if (item is not None) != (head in _ITEM_LISTS):
+        form = f"{head}[name].field" if head in _ITEM_LISTS else f"{head}.field"
+        return f"{head} is {'a list' if head in _ITEM_LISTS else 'not a list'}; write {form}"
+    name, *leaves = rest[1:].split(".")
+    fields = RESULT_FIELDS[head]
+    if name not in fields:
+        return f'"{name}" is not a field of {head}{nearest(name, fields)}'
+    inner = list(fields[name])
+    if not inner and leaves:
+        return f"{name} is one number; delete .{'.'.join(leaves)}"
+    if inner and not leaves:
+        return f"{name} is not a number; add one of: {', '.join(sorted(inner))}"
+    if inner and (len(leaves) > 1 or leaves[0] not in inner):
+        leaf = ".".join(leaves)
+        return f'"{leaf}" is not a field of {name}{nearest(leaf, inner)}'
+    return None
+
+
+Gate = Annotated[Text, AfterValidator(_check_gate)]
+
+
+class Limit(Section):
+    """The range in which a gate passes."""
+
+    min: Number | None = Field(default=None, description="Smallest value that passes.")
+    max: Number | None = Field(default=None, description="Largest value that passes.")
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        """Refuse a range that everything or nothing passes."""
+        if self.min is None and self.max is None:
+            fail(((), "has neither min nor max, so everything passes; give one or delete it"))
+        elif self.min is not None and self.max is not None and self.min > self.max:
+            fail(((), f"min {self.min} is above max {self.max}, so nothing passes; swap them"))
+        return self
+
+
+Panel = Annotated[Text, Field(pattern=f"^{_NAME}$")]
+
+
+class LmEval(Section):
+    """Tasks of lm-evaluation-harness."""
+
+    name: Literal["lm_eval"] = Field(description="Tasks of lm-evaluation-harness.")
+    tasks: tuple[Text, ...] = Field(min_length=1, description="Task names as lm-eval knows them.")
+    include_path: Text | None = Field(
+        default=None, description="Folder with task files of your own."
+    )
+    num_fewshot: Whole | None = Field(
+        default=None, ge=0, description="Examples before each item; null: as the task says."
+    )
+    limit: Count | None = Field(default=None, description="Items per task; null: all of them.")
+    role: Literal["capability", "unlocked"] = Field(
+        default="capability",
+        description="capability: the original is the reference; unlocked: the abliterated model "
+        "is, for what only the edit made answerable.",
+    )
+
+
+class Refusal(Section):
+    """The rate of refusals on a set of prompts."""
+
+    name: Literal["refusal"] = Field(description="The rate of refusals.")
+    panel: Panel = Field(description="Name of the prompt set, in results and gates.")
+    prompts: PromptSource = Field(description="Prompts that no earlier stage has used.")
+    harmless: Flag = Field(
+        description="true: refusing these is over-refusal; false: the original refuses these."
+    )
+    max_new_tokens: Count = Field(default=256, description="Longest answer, in tokens.")
+
+
+class Divergence(Section):
+    """How far the answers' probabilities moved away from the original model's."""
+
+    name: Literal["divergence"] = Field(description="KL divergence to the original model.")
+    panel: Panel = Field(description="Name of the prompt set, in results and gates.")
+    prompts: PromptSource = Field(description="Prompts that the original model answers.")
+    max_new_tokens: Count = Field(default=128, description="Longest answer, in tokens.")
+
+
+Benchmark = Annotated[
+    Annotated[LmEval, Tag("=lm_eval")]
+    | Annotated[Refusal, Tag("=refusal")]
+    | Annotated[Divergence, Tag("=divergence")],
+    _named("benchmark"),
+]
+
+
+def _repeated(benchmarks: Sequence[LmEval | Refusal | Divergence]) -> list[tuple[Key, str]]:
+    """Find tasks and panels whose results would have the same name."""
+    seen: set[tuple[str, str]] = set()
+    problems: list[tuple[Key, str]] = []
+    for index, entry in enumerate(benchmarks):
+        names: list[tuple[Key, str]] = []
+        if isinstance(entry, LmEval):
+            names += [((index, "tasks", i), task) for i, task in enumerate(entry.tasks)]
+        else:
+            names.append(((index, "panel"), entry.panel))
+        for place, name in names:
+            if (entry.name, name) in seen:
+                problems.append((place, f'"{name}" is there already; rename or delete one'))
+            seen.add((entry.name, name))
+    return problems
+
+
+class EvalSection(Section):
+    """Stage 3: measure the original, the abliterated and the healed model on the same items."""
+
+    margin: Number = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Loss (as a fraction) that still counts as not inferior.",
+    )
+    batch_size: Count = Field(default=32, description="Items per forward pass and rank.")
+    benchmarks: tuple[Benchmark, ...] = Field(min_length=1, description="What is measured.")
+    accept: dict[Gate, Limit] = Field(
+        default={}, description="Limits on fields of results.json; a missed one stops the release."
+    )
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _names_differ(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Refuse two results of one name."""
+        fail(*_repeated(value))
+        return value
+
+    @field_validator("accept")
+    @classmethod
+    def _panels_exist(cls, value: dict[str, Limit], info: ValidationInfo) -> dict[str, Limit]:
+        """Refuse a gate on a panel that is not measured."""
+        if "benchmarks" not in info.data:
+            return value
+        for gate in value:
+            head, _, rest = gate.partition("[")
+            panels = [entry.panel for entry in info.data["benchmarks"] if entry.name == head]
+            panel = rest.partition("]")[0]
+            if head in ("refusal", "divergence") and panel not in panels:
+                known = nearest(panel, panels) if panels else f"; add a {head} benchmark"
+                fail(((gate,), f'"{panel}" is not a {head} panel of this recipe{known}'))
+        return value
+
+
+class ReleaseSection(Section):
+    """What the model card of the release says."""
+
+    license: Text = Field(default="other", description="Licence id as the hub knows it.")
+    license_name: Text | None = Field(
+        default=None, description="Name of the licence, when it is other."
+    )
+    license_link: Text | None = Field(
+        default=None, description="Link to the licence, when it is other."
+    )
+    language: tuple[Text, ...] = Field(
+        default=("en",), min_length=1, description="Language codes, e.g. [en, de]."
+    )
+
+    @model_validator(mode="after")
+    def _other_is_described(self) -> Self:
+        """Refuse a name or link beside a licence that has both."""
+        if self.license != "other":
+            fail(
+                *(
+                    ((key,), f"has no effect beside license {self.license}; delete it")
+                    for key in ("license_name", "license_link")
+                    if getattr(self, key) is not None
+                )
+            )
+        return self
+
+
+class TrackingSection(Section):
+    """Where numbers are logged."""
+
+    project: Text = Field(default="healing", description="wandb project.")
+    entity: Text | None = Field(
+        default=None, description="wandb user or team; null: your default one."
+    )
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        default=None, description="null: online when an API key is set, else offline."
+    )
+
+
+class Recipe(Section):
+    """One healed model: which model, how it is abliterated, healed, measured and released."""
+
+    name: Annotated[Text, Field(pattern=f"^{_NAME}$", max_length=100)] = Field(
+        description="Name of the run and of its folder."
+    )
+    seed: Whole = Field(default=0, ge=0, lt=2**32, description="Seed of everything that is drawn.")
+    processes: Count | None = Field(
+        default=None, description="Processes the launch must have; null: any number."
+    )
+    output_dir: Text = Field(default="runs", description="Folder that holds the run folders.")
+    model: ModelSection = Field(description="The model to change.")
+    abliteration: AbliterationSection = Field(description="Stage 1.")
+    train: TrainSection = Field(description="Stage 2.")
+    eval: EvalSection = Field(description="Stage 3.")
+    release: ReleaseSection = Field(
+        default=ReleaseSection(), description="What the model card says."
+    )
+    tracking: TrackingSection = Field(default=TrackingSection(), description="wandb.")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        """Refuse a number of processes that cannot share the batch."""
+        size = self.train.global_batch_size
+        if self.processes is not None and size % self.processes:
+            fail(
+                (
+                    ("train", "global_batch_size"),
+                    f"{size} pairs cannot be shared by {self.processes} processes; "
+                    f"choose a multiple of {self.processes}",
+                )
+            )
+        return self
+
+
+# Every component by the recipe key that selects it. A component's name is its file's name.
+COMPONENTS: Final[Mapping[str, Mapping[str, type[Section]]]] = {
+    "abliteration.direction": {"difference_in_means": DifferenceInMeans},
+    "abliteration.selection": {"scores": ScoresSelection, "fixed": FixedSelection},
+    "abliteration.edit": {"orthogonalize": Orthogonalize},
+    "train.preferences": {"on_policy": OnPolicy, "dataset": PreferenceDataset},
+    "eval.benchmarks": {"lm_eval": LmEval, "refusal": Refusal, "divergence": Divergence},
+}

@@ -1,0 +1,204 @@
+"""Anchors: hold the healed model to a teacher's next-token distributions on the teacher's own answers.
+
+Two anchors make a composite teacher: the original on harmless prompts, where it knows what the edit broke, and
+the abliterated model on formerly refused prompts, where it knows what the edit unlocked. Preference pairs alone
+push near-miss answers down on both sides; anchors are what heals.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common import chat, distributed
+from common.divergence import answer_logits, batches
+from common.generation import end_tokens, generate
+from common.recipe import Anchor
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """One prompt, the teacher's answer, and its distributions.
+
+    Attributes:
+        prompt: token ids.
+        answer: token ids, with the end token where the teacher ended.
+        top_ids: ids of the teacher's likeliest tokens at each answer position [answer, k].
+        top_logps: their log-probabilities [answer, k].
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    top_ids: Tensor
+    top_logps: Tensor
+
+
+@torch.inference_mode()
+def teach(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], anchor: Anchor, batch_size: int
+) -> list[TeacherRow]:
+    """Let the teacher answer greedily, and keep its top-k log-probabilities.
+
+    Args:
+        teacher: the model that the anchor names.
+        tokenizer: its tokenizer.
+        prompts: the anchor's prompts; the processes of the launch share them.
+        anchor: top_k and max_new_tokens.
+        batch_size: prompts per forward pass.
+
+    Returns:
+        One row per prompt, on every process.
+    """
+    answers = generate(
+        teacher,
+        tokenizer,
+        prompts,
+        max_new_tokens=anchor.max_new_tokens,
+        batch_size=batch_size,
+        description=f"answers of the {anchor.to} model",
+    )
+    end = end_tokens(teacher, tokenizer)[0] if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    encoded = chat.encode(tokenizer, prompts)
+    texts = [
+        (prompt, answer + [end] if len(answer) < anchor.max_new_tokens else answer)
+        for prompt, answer in zip(encoded, answers, strict=True)
+    ]
+    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+
+    def work(part: Sequence[tuple[list[int], list[int]]]) -> list[TeacherRow]:
+        return _teach_part(teacher, part, anchor.top_k, batch_size, pad_id)
+
+    return distributed.share(texts, work)
+
+
+def _teach_part(
+    teacher: PreTrainedModel,
+    texts: Sequence[tuple[list[int], list[int]]],
+    top_k: int,
+    batch_size: int,
+    pad_id: int,
+) -> list[TeacherRow]:
+    rows: dict[int, TeacherRow] = {}
+    parts = list(batches([len(prompt) + len(answer) for prompt, answer in texts], batch_size))
+    for batch in tqdm(parts, desc="teacher distributions", disable=not distributed.is_main(), leave=False):
+        prompts, answers = [texts[index][0] for index in batch], [texts[index][1] for index in batch]
+        for index, logits in zip(batch, answer_logits(teacher, prompts, answers, pad_id), strict=True):
+            logps = torch.log_softmax(logits.float(), dim=-1)
+            top_logps, top_ids = logps.topk(min(top_k, logps.shape[-1]), dim=-1)
+            rows[index] = TeacherRow(*texts[index], top_ids.cpu(), top_logps.cpu())
+    return [rows[index] for index in range(len(texts))]
+
+
+def save_rows(rows: Sequence[TeacherRow], path: Path) -> None:
+    """Write an anchor's rows, whole or not at all."""
+    lengths = [[len(row.prompt), len(row.answer)] for row in rows]
+    tensors = {
+        "prompts": torch.tensor([token for row in rows for token in row.prompt], dtype=torch.int32),
+        "answers": torch.tensor([token for row in rows for token in row.answer], dtype=torch.int32),
+        "top_ids": torch.cat([row.top_ids for row in rows]).to(torch.int32),
+        "top_logps": torch.cat([row.top_logps for row in rows]),
+    }
+    beside = path.with_name(f".{path.name}")
+    save_file(tensors, beside, metadata={"healing": json.dumps({"lengths": lengths})})
+    beside.replace(path)
+
+
+def load_rows(path: Path) -> list[TeacherRow]:
+    """Read what `save_rows` wrote."""
+    with safe_open(path, framework="pt") as file:
+        lengths = json.loads(file.metadata()["healing"])["lengths"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    num_prompt, num_answer = [pair[0] for pair in lengths], [pair[1] for pair in lengths]
+    parts = [
+        tensors["prompts"].split(num_prompt),
+        tensors["answers"].split(num_answer),
+        tensors["top_ids"].long().split(num_answer),
+        tensors["top_logps"].split(num_answer),
+    ]
+    return [
+        TeacherRow(prompt.tolist(), answer.tolist(), top_ids, top_logps)
+        for prompt, answer, top_ids, top_logps in zip(*parts, strict=True)
+    ]
+
+
+class AnchorBatches:
+    """An endless, seeded stream of batches; batch number n is the same however training got there."""
+
+    def __init__(self, rows: Sequence[TeacherRow], batch_size: int, seed: int) -> None:
+        """Shuffle anew for every pass over the rows."""
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self._passes: dict[int, list[int]] = {}
+
+    def batch(self, step: int) -> list[TeacherRow]:
+        """The rows of an optimizer step, over all processes and accumulation steps."""
+        first = step * self.batch_size
+        return [self.rows[self._index(place)] for place in range(first, first + self.batch_size)]
+
+    def _index(self, place: int) -> int:
+        number, offset = divmod(place, len(self.rows))
+        if number not in self._passes:
+            order = list(range(len(self.rows)))
+            random.Random(f"{self.seed} {number}").shuffle(order)  # noqa: S311  # no secret
+            self._passes = {number: order, **{k: v for k, v in self._passes.items() if k == number - 1}}
+        return self._passes[number][offset]
+
+
+def anchored_divergence(student_logits: Tensor, top_ids: Tensor, top_logps: Tensor) -> Tensor:
+    """KL(teacher || student) per token, over the teacher's top k tokens and one bucket for all others.
+
+    Merging outcomes can only lower a KL divergence, so this is a lower bound, and exact when k is the vocabulary.
+
+    Args:
+        student_logits: [tokens, vocab].
+        top_ids: [tokens, k].
+        top_logps: [tokens, k].
+
+    Returns:
+        [tokens] in float32, nats.
+    """
+    logps = torch.log_softmax(student_logits.float(), dim=-1).gather(-1, top_ids)
+    teacher = top_logps.exp()
+    inside = (teacher * (top_logps - logps)).sum(dim=-1)
+    if top_ids.shape[-1] == student_logits.shape[-1]:
+        return inside
+    tiny = torch.finfo(torch.float32).tiny
+    rest_teacher = (1 - teacher.sum(dim=-1)).clamp_min(0)
+    rest_student = (1 - logps.exp().sum(dim=-1)).clamp_min(1e-7)
+    rest = rest_teacher * (rest_teacher.clamp_min(tiny).log() - rest_student.log())
+    return inside + rest
+
+
+def anchor_loss(model: Any, rows: Sequence[TeacherRow], pad_id: int, device: torch.device) -> Tensor:  # noqa: ANN401  # bare, DDP- or FSDP-wrapped
+    """The summed divergence of a model from the teacher on some rows.
+
+    Args:
+        model: the student; wrapped models are called through their wrapper, which FSDP needs.
+        rows: at least one.
+        pad_id: id to pad with.
+        device: where the student is.
+
+    Returns:
+        A scalar: the sum over all answer tokens, in nats.
+    """
+    ids, mask = chat.pad_left([row.prompt + row.answer for row in rows], pad_id, device)
+    longest = max(len(row.answer) for row in rows)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=chat.positions(mask),
+        use_cache=False,
+        logits_to_keep=longest + 1,
+    ).logits
+    scored = torch.cat([logits[index, -len(row.answer) - 1 : -1] for index, row in enumerate(rows)])
+    top_ids = torch.cat([row.top_ids for row in rows]).to(device)
+    top_logps = torch.cat([row.top_logps for row in rows]).to(device)
+    return anchored_divergence(scored, top_ids, top_logps).sum()

@@ -1,0 +1,157 @@
+"""Ablation-preserving training: nothing that healing adds may write along the removed direction.
+
+After every optimizer step (Adam leaves any subspace, so projecting gradients is not enough) what was added to a
+writer is projected: of a LoRA update B A the factor B, of full training the change of the weight itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from common.architecture import PlacedWriter
+from common.edits import Edit, component_along, edited_writers, project
+from common.errors import StageError
+
+Projection = Callable[[], None]
+
+
+class KeepAblated(TrainerCallback):
+    """Projects the model after every optimizer step."""
+
+    def __init__(self, projections: list[Projection]) -> None:
+        """Take what to do after a step."""
+        self.projections = projections
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,  # noqa: ARG002  # the callback's signature
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ANN401, ARG002
+    ) -> None:
+        """Take back what the step wrote along the direction."""
+        with torch.no_grad():
+            for projection in self.projections:
+                projection()
+
+
+def lora_projections(model: nn.Module, edit: Edit) -> list[Projection]:
+    """What keeps a model with a LoRA adapter ablated.
+
+    Args:
+        model: a PeftModel.
+        edit: the edit of the model below it.
+
+    Raises:
+        StageError: if the adapter changes a writer in a way that no projection of a factor can hold.
+    """
+    modules = {_plain_name(name): module for name, module in model.named_modules()}
+    projections: list[Projection] = []
+    for name in edit.removals:
+        module = modules.get(name)
+        if not isinstance(module, LoraLayer):
+            continue
+        if any(module.use_dora.values()):
+            raise StageError(
+                f"train: DoRA rescales the rows of {name}, so its update cannot be kept off the removed direction; set "
+                "train.adapter.use_dora to false, or train.keep_ablated to none"
+            )
+        vector = edit.vector_of(name)
+        for factor in [*module.lora_B.values(), *module.lora_embedding_B.values()]:
+            weight = factor.weight if isinstance(factor, nn.Module) else factor
+            projections.append(_columns_projection(weight, vector))
+            if isinstance(factor, nn.Linear) and factor.bias is not None:
+                projections.append(_columns_projection(factor.bias, vector))
+    _require_no_other_writer(model, edit)
+    return projections
+
+
+def full_projections(model: PreTrainedModel, edit: Edit) -> list[Projection]:
+    """What keeps a fully trained model ablated; holds the gains of the norms behind edited writers still.
+
+    Args:
+        model: the abliterated model, before its first step.
+        edit: its edit.
+
+    Raises:
+        StageError: if the parameters are sharded, so that no process holds a whole column.
+    """
+    projections: list[Projection] = []
+    for name, writer in edited_writers(model, edit).items():
+        if hasattr(writer.weight, "device_mesh"):
+            raise StageError(
+                "train: keep_ablated: hard cannot project sharded parameters yet; train an adapter, use DDP "
+                "(configs/ddp.yaml), or set train.keep_ablated to none"
+            )
+        projections.append(_change_projection(writer, edit.vector_of(name)))
+        if writer.bias is not None:
+            projections.append(_bias_projection(writer.bias, edit.vector_of(name)))
+        if writer.post_norm is not None:
+            # A trained gain would turn u = gain * v away from the vector that was removed.
+            writer.post_norm.requires_grad_(False)
+    return projections
+
+
+def _columns_projection(weight: Tensor, vector: Tensor) -> Projection:
+    vector = vector.to(weight.device)
+
+    def projection() -> None:
+        wide = weight.detach().double()
+        weight.copy_(project(wide.transpose(0, -1), vector, 1.0).transpose(0, -1))
+
+    return projection
+
+
+def _change_projection(writer: PlacedWriter, vector: Tensor) -> Projection:
+    due = component_along(writer.weight, vector, writer.layout)
+    vector = vector.to(writer.weight.device)
+
+    def projection() -> None:
+        excess = component_along(writer.weight, vector, writer.layout) - due
+        if writer.layout == "embedding":
+            change = excess.unsqueeze(-1) * vector
+        else:
+            change = vector.unsqueeze(-1) * excess.unsqueeze(-2)
+        writer.weight.copy_(writer.weight.double() - change)
+
+    return projection
+
+
+def _bias_projection(bias: Tensor, vector: Tensor) -> Projection:
+    vector = vector.to(bias.device)
+    due = bias.detach().double() @ vector
+
+    def projection() -> None:
+        wide = bias.detach().double()
+        bias.copy_(wide - (wide @ vector - due) * vector)
+
+    return projection
+
+
+def _require_no_other_writer(model: nn.Module, edit: Edit) -> None:
+    """Fail if the adapter trains a writer by other means than a LoRA factor."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = _plain_name(name)
+        writer = next((writer for writer in edit.removals if plain.startswith(writer + ".")), None)
+        if writer is not None and ("modules_to_save" in name or ".lora_" not in name or _is_expert(model, writer)):
+            raise StageError(
+                f"train: the adapter trains {name}, which writes to the residual stream and cannot be kept off the "
+                "removed direction; take it out of train.adapter, or set train.keep_ablated to none"
+            )
+
+
+def _is_expert(model: nn.Module, writer: str) -> bool:
+    modules = {_plain_name(name): module for name, module in model.named_modules()}
+    module = modules.get(writer)
+    return isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear | nn.Embedding)
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+

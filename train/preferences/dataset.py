@@ -1,0 +1,120 @@
+"""Pairs that exist: a local file or a hub data set in one of the usual formats.
+
+Read: `prompt`, `chosen` and `rejected` as texts or as lists of messages; `chosen` and `rejected` as whole
+conversations, with or without a prompt beside them (orpo-dpo-mix-40k has the prompt as a text and the answers as
+conversations, on which trl fails).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common import artifacts
+from common.errors import InputError
+from common.overlap import normalize
+from common.prompts import describe, load_rows
+from common.recipe import Columns, PreferenceDataset
+from train.preferences.filters import Pair
+
+Turn = tuple[str, str]
+
+
+def check(source: PreferenceDataset) -> list[str]:
+    """Problems of the file or data set, in words."""
+    try:
+        load(source)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def inputs(source: PreferenceDataset, excluded: frozenset[str]) -> dict[str, object]:
+    """What the pairs depend on: their content, and which of them are items of a benchmark."""
+    pairs = load(source)
+    questions = {normalize(pair.question) for pair in pairs}
+    return {
+        "name": source.name,
+        "pairs": artifacts.hash_data([pair.as_row() for pair in pairs]),
+        "excluded": sorted(questions & excluded),
+    }
+
+
+def prompts_used(source: PreferenceDataset) -> list[str]:  # noqa: ARG001  # overlaps are dropped pair by pair
+    """No prompt that may not overlap: `filter_pairs` drops the pairs that share an item with a benchmark."""
+    return []
+
+
+def load(source: PreferenceDataset) -> list[Pair]:
+    """Load the pairs, in order.
+
+    Raises:
+        InputError: if the source is unusable, or a row holds no pair.
+    """
+    columns = source.columns or Columns()
+    name = describe(source)
+    pairs = []
+    for number, row in enumerate(load_rows(source), start=1):
+        try:
+            pairs.append(_pair_of(row, columns, name))
+        except ValueError as error:
+            raise InputError(f"{name}, row {number}: {error}") from error
+    if not pairs:
+        raise InputError(f"{name} holds no preference pairs")
+    return pairs
+
+
+def _pair_of(row: Mapping[str, Any], columns: Columns, name: str) -> Pair:
+    missing = [column for column in (columns.chosen, columns.rejected) if row.get(column) is None]
+    if missing:
+        raise ValueError(
+            f"no column {' and '.join(map(repr, missing))} (found: {', '.join(row)}); name the columns in "
+            "train.preferences[..].columns"
+        )
+    chosen, rejected = _turns(row[columns.chosen]), _turns(row[columns.rejected])
+    prompt = _prompt_turns(row, columns)
+    if chosen[0][0] != "assistant" and rejected[0][0] != "assistant":
+        # Whole conversations: what they share is the prompt, and a text prompt beside them repeats part of it.
+        prompt, chosen, rejected = _split(chosen, rejected)
+    if not prompt or prompt[-1][0] != "user":
+        raise ValueError("there is no user turn before the answers; a pair needs a prompt")
+    # Only the first differing answer is compared: what follows it would be user turns, which nobody should learn.
+    return Pair(tuple(prompt), chosen[0][1], rejected[0][1], name)
+
+
+def _prompt_turns(row: Mapping[str, Any], columns: Columns) -> list[Turn]:
+    value = row.get(columns.prompt) if columns.prompt is not None else None
+    if value is None:
+        return []
+    return [("user", value)] if isinstance(value, str) else _turns(value)
+
+
+def _turns(value: object) -> list[Turn]:
+    if isinstance(value, str):
+        return [("assistant", value)]
+    if not isinstance(value, Sequence) or not value:
+        raise ValueError(f"an answer is {type(value).__name__}, not text or a list of messages")
+    turns = []
+    for message in value:
+        role, content = _role_and_content(message)
+        turns.append((role, content))
+    return turns
+
+
+def _role_and_content(message: object) -> Turn:
+    if isinstance(message, Mapping):
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
+        if role in ("system", "user", "assistant") and isinstance(content, str):
+            return str(role), content
+    raise ValueError(f"a message is {str(message)[:80]!r}, not {{role: system|user|assistant, content: text}}")
+
+
+def _split(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], list[Turn], list[Turn]]:
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    if common == len(chosen) == len(rejected):
+        common -= 1  # identical conversations: the last answer is kept, and the filter drops the pair
+    if common in (len(chosen), len(rejected)) or chosen[common][0] != "assistant" or rejected[common][0] != "assistant":
+        raise ValueError("chosen and rejected do not differ in an answer to the same prompt")
+    return chosen[:common], chosen[common:], rejected[common:]

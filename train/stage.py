@@ -1,0 +1,250 @@
+"""Stage two: from the abliterated model to a healed one: an adapter, or a whole model."""
+
+import importlib
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import wandb
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from common import artifacts, distributed
+from common.edits import load_edit
+from common.errors import InputError
+from common.model import load_model, load_tokenizer
+from common.prompts import load_prompts
+from common.recipe import Recipe
+from common.tracking import tracking_mode
+from train import constraint, settings
+from train.adapter import build_adapter
+from train.anchors import AnchorBatches
+from train.material import Material, prepare
+from train.progress import StepBar
+from train.trainer import HealingTrainer, WeightedAnchor
+
+VERSION = 1
+# Settings of the trainer that change what is written down or how fast, and never the result.
+NO_INFLUENCE = frozenset(
+    {
+        "disable_tqdm",
+        "dataloader_num_workers",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "dataset_num_proc",
+        "enable_jit_checkpoint",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "save_on_each_node",
+        "save_only_model",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+    }
+)
+
+logger = logging.getLogger(__name__)
+
+
+def check(recipe: Recipe) -> list[str]:
+    """What would stop this stage, found without loading a weight."""
+    problems = settings.check(recipe.train.trainer, recipe.train.adapter)
+    for source in recipe.train.preferences:
+        problems += source_module(source.name).check(source)
+    for anchor in recipe.train.anchors:
+        try:
+            load_prompts(anchor.prompts)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
+def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
+    """What the result depends on besides stage one: settings, and data by content instead of paths.
+
+    Args:
+        recipe: its `train` section.
+        excluded: normalized items of the benchmarks; only those that meet a pair count, so that another
+            benchmark does not mean another training.
+    """
+    section = recipe.train
+    return {
+        "settings": section.model_dump(mode="json", exclude={"preferences", "anchors", "trainer"}),
+        "trainer": {key: value for key, value in section.trainer.items() if key not in NO_INFLUENCE},
+        "preferences": [source_module(source.name).inputs(source, excluded) for source in section.preferences],
+        "anchors": [
+            {
+                **anchor.model_dump(mode="json", exclude={"prompts"}),
+                "prompts": artifacts.hash_data(load_prompts(anchor.prompts)),
+            }
+            for anchor in section.anchors
+        ],
+    }
+
+
+def prompts_used(recipe: Recipe) -> list[str]:
+    """Every prompt that training takes as it is, for the overlap check against the benchmarks."""
+    texts = [text for anchor in recipe.train.anchors for text in load_prompts(anchor.prompts)]
+    for source in recipe.train.preferences:
+        texts += source_module(source.name).prompts_used(source)
+    return texts
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    upstream: Mapping[str, Path],
+    tracker: wandb.Run,
+    excluded: frozenset[str],
+) -> None:
+    """Make the material, train, and save the adapter or model.
+
+    Args:
+        recipe: its `train` section.
+        folder: of this stage.
+        upstream: folders of finished stages.
+        tracker: this stage's wandb run; trl's metrics go there too.
+        excluded: normalized questions of the benchmarks: pairs about them are dropped.
+    """
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    material = prepare(recipe, work, upstream, excluded)
+    if distributed.is_main():
+        artifacts.write_jsonl(folder / "pairs.jsonl", [pair.as_row() for pair in material.pairs])
+    distributed.barrier()
+
+    trainer = _build_trainer(recipe, folder, upstream, material)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
+    _save(recipe, trainer, folder)
+    if distributed.is_main():
+        _record(recipe, trainer, material, folder, tracker)
+        shutil.rmtree(work)
+    distributed.barrier()
+
+
+def _build_trainer(
+    recipe: Recipe, folder: Path, upstream: Mapping[str, Path], material: Material
+) -> HealingTrainer:
+    base = upstream["abliteration"] / "model"
+    model = load_model(base, dtype=recipe.model.dtype)
+    arguments = settings.build_trainer_settings(
+        recipe,
+        output_dir=folder / "work" / "checkpoints",
+        world_size=distributed.world_size(),
+        use_cpu=distributed.device().type == "cpu",
+        bf16=model.dtype == torch.bfloat16,
+        report_to="wandb" if distributed.is_main() and tracking_mode(recipe) != "disabled" else "none",
+    )
+    edit = load_edit(upstream["abliteration"] / "edit.safetensors")
+    callbacks: list[TrainerCallback] = []
+    if recipe.train.keep_ablated == "hard" and recipe.train.adapter is None:
+        callbacks.append(constraint.KeepAblated(constraint.full_projections(model, edit)))
+    trainer = HealingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_dataset(folder),
+        processing_class=load_tokenizer(base),
+        peft_config=build_adapter(recipe.train.adapter) if recipe.train.adapter is not None else None,
+        callbacks=callbacks,
+        anchors=_weighted_anchors(recipe, material),
+    )
+    if recipe.train.keep_ablated == "hard" and recipe.train.adapter is not None:
+        trainer.add_callback(constraint.KeepAblated(constraint.lora_projections(trainer.model, edit)))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StepBar())
+    _log_plan(trainer, material)
+    return trainer
+
+
+def _dataset(folder: Path) -> datasets.Dataset:
+    """The pairs as a data set on disk: trl shares its cached reference log-probabilities between ranks by file."""
+    return datasets.load_dataset(
+        "json", data_files=str(folder / "pairs.jsonl"), cache_dir=str(folder / "work" / "cache"), split="train"
+    )
+
+
+def _weighted_anchors(recipe: Recipe, material: Material) -> list[WeightedAnchor]:
+    names: list[str] = []
+    for anchor in recipe.train.anchors:
+        same = sum(name.split(" ")[0] == anchor.to for name in names)
+        names.append(anchor.to if same == 0 else f"{anchor.to} {same + 1}")
+    return [
+        WeightedAnchor(name, AnchorBatches(rows, anchor.batch_size, recipe.seed), anchor.weight)
+        for name, anchor, rows in zip(names, recipe.train.anchors, material.anchors, strict=True)
+    ]
+
+
+def _save(recipe: Recipe, trainer: HealingTrainer, folder: Path) -> None:
+    target = folder / ("model" if recipe.train.adapter is None else "adapter")
+    trainer.save_model(str(target))
+    if distributed.is_main():
+        for leftover in ("README.md", "training_args.bin"):  # trl's own card, and a pickle with machine paths
+            (target / leftover).unlink(missing_ok=True)
+
+
+def _record(
+    recipe: Recipe, trainer: HealingTrainer, material: Material, folder: Path, tracker: wandb.Run
+) -> None:
+    history = trainer.state.log_history
+    artifacts.write_jsonl(folder / "log.jsonl", history)
+    steps = [entry for entry in history if "loss" in entry]
+    summary: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "pairs": len(material.pairs),
+        "pair_counts": material.counts,
+        "anchor_prompts": [len(rows) for rows in material.anchors],
+        "first": steps[0] if steps else {},
+        "last": steps[-1] if steps else {},
+        "keep_ablated": recipe.train.keep_ablated,
+    }
+    artifacts.write_json(folder / "summary.json", summary)
+    tracker.summary.update({"pairs": len(material.pairs), "steps": trainer.state.global_step})
+    for name, counts in material.counts.items():
+        tracker.summary.update({f"pairs/{name}/{reason}": count for reason, count in counts.items()})
+    if steps:
+        logger.info(
+            "train: %d steps, loss %.4f to %.4f, rewards/margins %.3f",
+            trainer.state.global_step,
+            steps[0]["loss"],
+            steps[-1]["loss"],
+            steps[-1].get("rewards/margins", float("nan")),
+        )
+
+
+def _log_plan(trainer: HealingTrainer, material: Material) -> None:
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    logger.info(
+        "train: %d pairs, %s anchor prompts, %d trainable parameters",
+        len(material.pairs),
+        " + ".join(str(len(rows)) for rows in material.anchors) or "no",
+        trainable,
+    )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; ones that a kill cut off are removed."""
+    if distributed.is_main() and folder.is_dir():
+        for checkpoint in folder.glob("checkpoint-*"):
+            if not (checkpoint / "trainer_state.json").is_file():
+                shutil.rmtree(checkpoint)
+    distributed.barrier()
+    last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is not None:
+        logger.info("train: going on from %s", Path(last).name)
+    return last
+
+
+def source_module(name: str) -> Any:  # noqa: ANN401  # a module
+    """The file of `train.preferences` that a recipe's source name selects."""
+    return importlib.import_module(f"train.preferences.{name}")
