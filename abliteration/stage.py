@@ -19,7 +19,7 @@ from common.architecture import find_writers
 from common.edits import Edit, apply_to_weights, save_edit
 from common.errors import InputError, StageError
 from common.model import check_model, load_config, load_model, load_tokenizer, resolve, weight_files
-from common.prompts import describe, load_prompts
+from common.prompts import check_prompts, describe, load_prompts
 from common.recipe import PromptSource, Recipe
 from common.tracking import table
 
@@ -47,10 +47,7 @@ def check(recipe: Recipe) -> list[str]:
         problems += check_model(resolve(recipe.model.name_or_path, recipe.model.revision))
     except InputError as error:
         problems.append(str(error))
-    try:
-        load_prompt_sets(recipe)
-    except InputError as error:
-        problems.append(str(error))
+    problems += _prompt_problems(recipe)
     if not problems:
         problems += _selection_problems(recipe)
     return problems
@@ -311,11 +308,29 @@ def _track(
 def _hold_out(prompts: list[str], count: int, seed: int, source: PromptSource) -> tuple[list[str], list[str]]:
     if len(prompts) <= count:
         raise InputError(
-            f"{describe(source)} holds {len(prompts)} prompts, of which abliteration.prompts.validation = {count} "
+            f"{describe(source)} holds {len(prompts)} prompts, of which {count} "
             "would be held out; nothing is left to estimate from: give more prompts, or hold out fewer"
         )
     shuffled = random.Random(seed).sample(prompts, len(prompts))  # noqa: S311  # no secret
     return shuffled[count:], shuffled[:count]
+
+
+def _prompt_problems(recipe: Recipe) -> list[str]:
+    prompts, key = recipe.abliteration.prompts, "abliteration.prompts"
+    sources = {f"{key}.harmful": prompts.harmful, f"{key}.harmless": prompts.harmless}
+    if not isinstance(prompts.validation, int):
+        sources |= {
+            f"{key}.validation.harmful": prompts.validation.harmful,
+            f"{key}.validation.harmless": prompts.validation.harmless,
+        }
+    problems = [problem for name, source in sources.items() for problem in check_prompts(source, name)]
+    if problems:
+        return problems
+    try:
+        load_prompt_sets(recipe)
+    except InputError as error:
+        return [f"{key}.validation: {error}"]
+    return []
 
 
 def _selection_problems(recipe: Recipe) -> list[str]:

@@ -123,6 +123,7 @@ class Store:
         if link.exists() and not link.is_symlink():
             raise InputError(f"{link} is not a link of this program; move it away, or choose another name")
         beside = run_folder / f".{entry.stage}.{os.getpid()}"
+        beside.unlink(missing_ok=True)  # of a killed process with this number
         beside.symlink_to(target)
         beside.replace(link)
 

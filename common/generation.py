@@ -104,6 +104,10 @@ def _generate_part(
             temperature=None,
             top_p=None,
             top_k=None,
+            # The checkpoint's own generation settings would bend both greedy answers and samples.
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             logits_processor=sampling,
             eos_token_id=ends,
             pad_token_id=pad_id,

@@ -1,12 +1,13 @@
 """Prompts from a file (JSONL, CSV or text) or a data set, as the recipe names them."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.recipe import PromptSource
+from common.recipe import PromptSource, Source
 
 
 def load_prompts(source: PromptSource) -> list[str]:
@@ -28,8 +29,17 @@ def load_prompts(source: PromptSource) -> list[str]:
     return prompts
 
 
-def load_rows(source: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # prompt and preference sources share these fields
-    """Load the rows of a source that names a `path` or a `dataset` with `split`, `revision`, `subset`, `slice`.
+def check_prompts(source: PromptSource, key: str) -> list[str]:
+    """What is wrong with a source, beginning with its dotted key in the recipe."""
+    try:
+        load_prompts(source)
+    except InputError as error:
+        return [f"{key}: {error}"]
+    return []
+
+
+def load_rows(source: Source) -> list[dict[str, Any]]:
+    """Load the rows of a file or data set, in order.
 
     Raises:
         InputError: as `load_prompts`.
@@ -41,7 +51,7 @@ def load_rows(source: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # prompt an
     return rows[start:stop]
 
 
-def describe(source: Any) -> str:  # noqa: ANN401  # prompt and preference sources share these fields
+def describe(source: Source) -> str:
     """The source in words, for messages."""
     return str(source.path) if source.path is not None else f"data set {source.dataset} ({source.split})"
 
@@ -50,21 +60,30 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file; correct the path (it is taken from the current folder)")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     if path.suffix in (".jsonl", ".json"):
         return _jsonl_rows(path, text)
     if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
+        return _csv_rows(path, text)
     if path.suffix == ".txt":
-        return [{"prompt": line} for line in text.splitlines() if line.strip()]
+        return [{"prompt": line} for line in text.split("\n") if line.strip()]
     raise InputError(f"{path} ends in {path.suffix!r}; name a .jsonl, .csv or .txt file")
+
+
+def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        # As a file, not as lines: a quoted field may hold line breaks.
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise InputError(f"{path} is not CSV that can be read ({error}); convert it to JSONL") from error
 
 
 def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines, which also cuts at separators that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -77,7 +96,7 @@ def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _dataset_rows(source: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # see load_rows
+def _dataset_rows(source: Source) -> list[dict[str, Any]]:
     import datasets  # noqa: PLC0415  # slow to import and not needed for files
 
     try:

@@ -4,6 +4,7 @@ After every optimizer step (Adam leaves any subspace, so projecting gradients is
 writer is projected: of a LoRA update B A the factor B, of full training the change of the weight itself.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.architecture import PlacedWriter
+from common.architecture import PlacedWriter, architecture_of
 from common.edits import Edit, component_along, edited_writers, project
 from common.errors import StageError
 
@@ -49,11 +50,11 @@ def lora_projections(model: nn.Module, edit: Edit) -> list[Projection]:
     Raises:
         StageError: if the adapter changes a writer in a way that no projection of a factor can hold.
     """
-    modules = {_plain_name(name): module for name, module in model.named_modules()}
+    layers = _lora_layers(model)
     projections: list[Projection] = []
     for name in edit.removals:
-        module = modules.get(name)
-        if not isinstance(module, LoraLayer):
+        module = layers.get(name)
+        if module is None:
             continue
         if any(module.use_dora.values()):
             raise StageError(
@@ -133,25 +134,46 @@ def _bias_projection(bias: Tensor, vector: Tensor) -> Projection:
 
 
 def _require_no_other_writer(model: nn.Module, edit: Edit) -> None:
-    """Fail if the adapter trains a writer by other means than a LoRA factor."""
+    """Fail if the adapter trains a writer, or the norm behind one, by other means than a LoRA factor."""
+    layers, held = _lora_layers(model), _held_modules(model, edit)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = _plain_name(name)
-        writer = next((writer for writer in edit.removals if plain.startswith(writer + ".")), None)
-        if writer is not None and ("modules_to_save" in name or ".lora_" not in name or _is_expert(model, writer)):
+        owner = next((module for module in held if plain.startswith(module + ".")), None)
+        if owner is not None and (".lora_" not in name or _is_expert(layers.get(owner))):
             raise StageError(
-                f"train: the adapter trains {name}, which writes to the residual stream and cannot be kept off the "
-                "removed direction; take it out of train.adapter, or set train.keep_ablated to none"
+                f"train: the adapter trains {name}, by which the removed direction could come back and "
+                "which no projection can hold; take it out of train.adapter, or set train.keep_ablated "
+                "to none"
             )
 
 
-def _is_expert(model: nn.Module, writer: str) -> bool:
-    modules = {_plain_name(name): module for name, module in model.named_modules()}
-    module = modules.get(writer)
-    return isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear | nn.Embedding)
+def _held_modules(model: nn.Module, edit: Edit) -> set[str]:
+    """The edited writers and the norms behind them, by name."""
+    writers = architecture_of(str(model.config.model_type)).writers  # type: ignore[union-attr]  # a PeftModel
+    norms = {
+        name.removesuffix(writer.module) + writer.post_norm
+        for name in edit.removals
+        for writer in writers
+        if writer.post_norm is not None and name.endswith("." + writer.module)
+    }
+    return {*edit.removals, *norms}
+
+
+def _is_expert(layer: LoraLayer | None) -> bool:
+    return layer is not None and not isinstance(layer.get_base_layer(), nn.Linear | nn.Embedding)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Every LoRA layer by the name that its module has in the model without the adapter."""
+    # Only the wrappers: the wrapped module below each would have the same plain name.
+    return {
+        _plain_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
-
+    name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    # A whole module that is trained beside the factors stands below its original's name.
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name)

@@ -17,7 +17,7 @@ from common import artifacts, distributed
 from common.edits import load_edit
 from common.errors import InputError
 from common.model import load_model, load_tokenizer
-from common.prompts import load_prompts
+from common.prompts import check_prompts, load_prompts
 from common.recipe import Recipe
 from common.tracking import tracking_mode
 from train import constraint, settings
@@ -59,13 +59,18 @@ logger = logging.getLogger(__name__)
 def check(recipe: Recipe) -> list[str]:
     """What would stop this stage, found without loading a weight."""
     problems = settings.check(recipe.train.trainer, recipe.train.adapter)
-    for source in recipe.train.preferences:
-        problems += source_module(source.name).check(source)
-    for anchor in recipe.train.anchors:
-        try:
-            load_prompts(anchor.prompts)
-        except InputError as error:
-            problems.append(str(error))
+    for index, source in enumerate(recipe.train.preferences):
+        problems += source_module(source.name).check(source, f"train.preferences[{index}]")
+    for index, anchor in enumerate(recipe.train.anchors):
+        problems += check_prompts(anchor.prompts, f"train.anchors[{index}].prompts")
+    try:
+        settings.share_batch(
+            recipe.train.global_batch_size,
+            distributed.world_size(),
+            recipe.train.trainer.get("per_device_train_batch_size"),
+        )
+    except InputError as error:
+        problems.append(str(error))
     return problems
 
 

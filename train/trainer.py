@@ -75,7 +75,8 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
     def _anchor_term(self, model: nn.Module, anchor: WeightedAnchor) -> Tensor:
         """This process's part of the anchor's mean, scaled so that the trainer's averaging gives the mean."""
         rows = anchor.batches.batch(self.state.global_step)
-        parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        # The last step of an epoch may have fewer forward passes than the others.
+        parts = self.accelerator.num_processes * self.current_gradient_accumulation_steps
         part = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
         mine: list[TeacherRow] = rows[part::parts]
         num_tokens = sum(len(row.answer) for row in rows)

@@ -18,12 +18,12 @@ from train.preferences.filters import Pair
 Turn = tuple[str, str]
 
 
-def check(source: PreferenceDataset) -> list[str]:
-    """Problems of the file or data set, in words."""
+def check(source: PreferenceDataset, key: str) -> list[str]:
+    """Problems of the file or data set, in words that begin with its dotted key."""
     try:
         load(source)
     except InputError as error:
-        return [str(error)]
+        return [f"{key}: {error}"]
     return []
 
 
@@ -71,7 +71,7 @@ def _pair_of(row: Mapping[str, Any], columns: Columns, name: str) -> Pair:
         )
     chosen, rejected = _turns(row[columns.chosen]), _turns(row[columns.rejected])
     prompt = _prompt_turns(row, columns)
-    if chosen[0][0] != "assistant" and rejected[0][0] != "assistant":
+    if chosen[0][0] != "assistant" or rejected[0][0] != "assistant":
         # Whole conversations: what they share is the prompt, and a text prompt beside them repeats part of it.
         prompt, chosen, rejected = _split(chosen, rejected)
     if not prompt or prompt[-1][0] != "user":

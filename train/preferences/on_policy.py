@@ -7,21 +7,16 @@ licence, any language. Only for prompts that the original does not refuse: its r
 from collections.abc import Sequence
 
 from common import artifacts
-from common.errors import InputError
-from common.prompts import load_prompts
+from common.prompts import check_prompts, load_prompts
 from common.recipe import OnPolicy
 from train.preferences.filters import Pair
 
 NAME = "on_policy"
 
 
-def check(source: OnPolicy) -> list[str]:
-    """Problems of the prompts, in words."""
-    try:
-        load_prompts(source.prompts)
-    except InputError as error:
-        return [str(error)]
-    return []
+def check(source: OnPolicy, key: str) -> list[str]:
+    """Problems of the prompts, in words that begin with their dotted key."""
+    return check_prompts(source.prompts, f"{key}.prompts")
 
 
 def inputs(source: OnPolicy, excluded: frozenset[str]) -> dict[str, object]:  # noqa: ARG001  # overlap is an error here

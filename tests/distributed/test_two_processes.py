@@ -1,0 +1,69 @@
+"""One process and two on the same recipe: the same directions, scores and first loss, and healed rates that agree.
+
+make setup && .venv/bin/python -m pytest tests/distributed
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.edits import load_edit
+from tests.end_to_end.conftest import Demo, Launch
+
+pytestmark = pytest.mark.distributed
+# The same short training on both sides; the gates are the demo's business.
+SHORTER = ("train.trainer.max_steps=60", "train.trainer.logging_steps=1", "eval.accept={}")
+
+
+@pytest.fixture(scope="module")
+def both(
+    demo: Demo, launch: Launch, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The run folders of one process and of two."""
+    folders = []
+    for config in ("cpu.yaml", "cpu-2.yaml"):
+        runs = tmp_path_factory.mktemp("runs")
+        arguments = (*SHORTER, f"output_dir={runs}", "tracking.mode=disabled", "--until", "eval")
+        done = launch(demo.recipe, *arguments, config=config)
+        assert done.code == 0, done.err
+        folders.append(runs / "patient")
+    return folders[0], folders[1]
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def test_there_really_were_two_processes(both: tuple[Path, Path]) -> None:
+    assert [read(folder, "train/manifest.json")["processes"] for folder in both] == [1, 2]
+
+
+def test_the_direction_and_every_score_are_the_same(both: tuple[Path, Path]) -> None:
+    one, two = (load_edit(folder / "abliteration" / "edit.safetensors") for folder in both)
+    assert torch.allclose(one.direction, two.direction, atol=1e-5)
+    one_scores, two_scores = (read(folder, "abliteration/candidates.json") for folder in both)
+    assert one_scores["chosen"]["layer"] == two_scores["chosen"]["layer"]
+    for mine, other in zip(one_scores["candidates"], two_scores["candidates"], strict=True):
+        for score in ("norm", "bypass", "induce", "kl"):
+            if mine[score] is not None:
+                assert mine[score] == pytest.approx(other[score], abs=1e-5), (mine, other)
+
+
+def test_the_first_loss_is_the_same(both: tuple[Path, Path]) -> None:
+    first = [
+        json.loads((folder / "train" / "log.jsonl").read_text().splitlines()[0]) for folder in both
+    ]
+    assert first[0]["step"] == first[1]["step"] == 1
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], abs=1e-5)
+
+
+def test_the_healed_rates_agree_within_their_intervals(both: tuple[Path, Path]) -> None:
+    one, two = (read(folder, "eval/results.json") for folder in both)
+    for kind in ("benchmarks", "refusal"):
+        for mine, other in zip(one[kind], two[kind], strict=True):
+            assert mine["original"] == other["original"]
+            assert mine["abliterated"] == other["abliterated"]
+            assert mine["healed"]["low"] <= other["healed"]["value"] <= mine["healed"]["high"]
