@@ -35,7 +35,9 @@ def mean_residual_stream(
     encoded.sort(key=len)
     mean = residual.StreamingMean()
     starts = range(0, len(encoded), batch_size)
-    for start in tqdm(starts, desc="residual stream", disable=not distributed.is_main(), leave=False):
+    for start in tqdm(
+        starts, desc="residual stream", disable=not distributed.is_main(), leave=False
+    ):
         pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
         ids, mask = chat.pad_left(encoded[start : start + batch_size], pad_id, model.device)
         with residual.reading(model, num_positions) as streams:
@@ -50,9 +52,13 @@ def mean_residual_stream(
     return _sum_over_processes(mean, model, num_positions) / len(prompts)
 
 
-def _sum_over_processes(mean: residual.StreamingMean, model: PreTrainedModel, num_positions: int) -> Tensor:
+def _sum_over_processes(
+    mean: residual.StreamingMean, model: PreTrainedModel, num_positions: int
+) -> Tensor:
     total = mean.total
     if total is None:  # fewer prompts than processes
         config = model.config.get_text_config()
-        total = torch.zeros(config.num_hidden_layers, num_positions, config.hidden_size, dtype=torch.float64)
+        total = torch.zeros(
+            config.num_hidden_layers, num_positions, config.hidden_size, dtype=torch.float64
+        )
     return distributed.sum_over_processes(total).cpu()

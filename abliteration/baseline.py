@@ -52,13 +52,20 @@ def answer_baseline(
 ) -> list[Answer]:
     """Answer prompts greedily with the unedited model."""
     ids = generate(
-        model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size, description="baseline answers"
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=batch_size,
+        description="baseline answers",
     )
     answers = []
     for prompt, tokens in zip(prompts, ids, strict=True):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         assert isinstance(text, str)
-        answers.append(Answer(prompt, text, harmful, tokens[0] if tokens else None, is_refusal(text)))
+        answers.append(
+            Answer(prompt, text, harmful, tokens[0] if tokens else None, is_refusal(text))
+        )
     return answers
 
 

@@ -68,7 +68,10 @@ class Validation:
 
 @torch.inference_mode()
 def next_token_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int,
 ) -> Tensor:
     """The logits [prompts, vocab] behind each prompt in float32, shared by the processes."""
     encoded = chat.encode(tokenizer, prompts)
@@ -121,7 +124,9 @@ def score_candidates(
     base = next_token_logits(model, tokenizer, validation.harmless, batch_size)
     candidates = []
     places = [(layer, index) for layer in range(num_layers) for index in range(num_positions)]
-    for layer, index in tqdm(places, desc="candidates", disable=not distributed.is_main(), leave=False):
+    for layer, index in tqdm(
+        places, desc="candidates", disable=not distributed.is_main(), leave=False
+    ):
         direction = directions[layer, index]
         candidate = Candidate(layer, index - num_positions, float(direction.norm()))
         reason = _unusable(candidate, num_layers, settings)
@@ -129,7 +134,9 @@ def score_candidates(
             candidates.append(Candidate(layer, candidate.position, candidate.norm, dropped=reason))
             continue
         with applied_by_hooks(model, make_edit(direction)):
-            logits = next_token_logits(model, tokenizer, [*validation.harmful, *validation.harmless], batch_size)
+            logits = next_token_logits(
+                model, tokenizer, [*validation.harmful, *validation.harmless], batch_size
+            )
         with residual.adding(model, layer, direction):
             added = next_token_logits(model, tokenizer, validation.harmless, batch_size)
         harmful, harmless = logits.split([len(validation.harmful), len(validation.harmless)])
@@ -139,7 +146,13 @@ def score_candidates(
             "kl": float(kl_divergence(base, harmless).mean()),
         }
         candidates.append(
-            Candidate(layer, candidate.position, candidate.norm, **scores, dropped=_missed(scores, settings))
+            Candidate(
+                layer,
+                candidate.position,
+                candidate.norm,
+                **scores,
+                dropped=_missed(scores, settings),
+            )
         )
     return candidates
 
@@ -152,11 +165,19 @@ def choose(candidates: Sequence[Candidate], settings: ScoresSelection) -> Candid
     """
     left = [candidate for candidate in candidates if candidate.dropped is None]
     if left:
-        return min(left, key=lambda candidate: (candidate.bypass, candidate.layer, candidate.position))
-    scored = sorted((c for c in candidates if c.bypass is not None), key=lambda c: c.bypass or 0.0)[:3]
-    nearest = "; ".join(
-        f"layer {c.layer} position {c.position}: bypass {c.bypass:.2f}, induce {c.induce:.2f}, KL {c.kl:.3f} ({c.dropped})"
-        for c in scored
+        return min(
+            left, key=lambda candidate: (candidate.bypass, candidate.layer, candidate.position)
+        )
+    scored = sorted((c for c in candidates if c.bypass is not None), key=lambda c: c.bypass or 0.0)[
+        :3
+    ]
+    nearest = (
+        "; ".join(
+            f"layer {c.layer} position {c.position}: bypass {c.bypass:.2f}, induce {c.induce:.2f}, "
+            f"KL {c.kl:.3f} ({c.dropped})"
+            for c in scored
+        )
+        or "none was scored (" + ", ".join(sorted({str(c.dropped) for c in candidates})) + ")"
     )
     raise StageError(
         f"abliteration: none of {len(candidates)} candidate directions passed the filters (max_kl {settings.max_kl}, "

@@ -60,14 +60,19 @@ def inputs(recipe: Recipe) -> dict[str, object]:
     return {
         "settings": section.model_dump(mode="json", exclude={"prompts"}),
         "prompts": artifacts.hash_data([prompts.harmful, prompts.harmless]),
-        "validation": artifacts.hash_data([list(prompts.validation.harmful), list(prompts.validation.harmless)]),
+        "validation": artifacts.hash_data(
+            [list(prompts.validation.harmful), list(prompts.validation.harmless)]
+        ),
         "dtype": recipe.model.dtype,
     }
 
 
 def disk_bytes(recipe: Recipe) -> int:
     """The room that the abliterated model folder takes."""
-    return sum(file.stat().st_size for file in weight_files(resolve(recipe.model.name_or_path, recipe.model.revision)))
+    return sum(
+        file.stat().st_size
+        for file in weight_files(resolve(recipe.model.name_or_path, recipe.model.revision))
+    )
 
 
 def prompts_used(recipe: Recipe) -> list[str]:
@@ -95,15 +100,24 @@ def load_prompt_sets(recipe: Recipe) -> PromptSets:
     return PromptSets(harmful, harmless, selection.Validation(held_harmful, held_harmless))
 
 
-def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wandb.Run) -> None:  # noqa: ARG001  # every stage has this signature; this one is the first
-    """Find the direction, remove it, prove it gone, and write the edited model."""
+def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wandb.Run) -> None:
+    """Find the direction, remove it, prove it gone, and write the edited model.
+
+    Args:
+        recipe: its `model` and `abliteration` sections.
+        folder: of this stage.
+        upstream: empty: this stage is the first.
+        tracker: this stage's wandb run.
+    """
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
     tokenizer = load_tokenizer(base)
     model = load_model(base, dtype=recipe.model.dtype)
     prompts = load_prompt_sets(recipe)
     num_positions = chat.num_instruction_end_tokens(tokenizer)
 
-    chosen, direction, candidates = _find_direction(recipe, model, tokenizer, prompts, num_positions, folder)
+    chosen, direction, candidates = _find_direction(
+        recipe, model, tokenizer, prompts, num_positions, folder
+    )
     edit = _make_edit(recipe, model, direction, _about(recipe, base, tokenizer, chosen))
     residuals = _apply_and_verify(model, tokenizer, edit, prompts.validation.harmful)
 
@@ -111,10 +125,14 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
         save_edit(edit, folder / "edit.safetensors")
         artifacts.write_json(
             folder / "candidates.json",
-            {"chosen": chosen.as_data(), "candidates": [candidate.as_data() for candidate in candidates]},
+            {
+                "chosen": chosen.as_data(),
+                "candidates": [candidate.as_data() for candidate in candidates],
+            },
         )
         artifacts.write_json(
-            folder / "summary.json", {"chosen": chosen.as_data(), "largest_residual": max(residuals.values())}
+            folder / "summary.json",
+            {"chosen": chosen.as_data(), "largest_residual": max(residuals.values())},
         )
         model.save_pretrained(folder / "model", max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder / "model")
@@ -143,10 +161,14 @@ def _find_direction(
         tokens = _learn_refusal_tokens(recipe, model, tokenizer, prompts, folder)
         prompts = _keep_clear_cases(model, tokenizer, prompts, tokens, batch_size)
     means = [
-        mean_residual_stream(model, tokenizer, part, num_positions=num_positions, batch_size=batch_size)
+        mean_residual_stream(
+            model, tokenizer, part, num_positions=num_positions, batch_size=batch_size
+        )
         for part in (prompts.harmful, prompts.harmless)
     ]
-    estimator = importlib.import_module(f"abliteration.directions.{recipe.abliteration.direction.name}")
+    estimator = importlib.import_module(
+        f"abliteration.directions.{recipe.abliteration.direction.name}"
+    )
     directions: Tensor = estimator.estimate(*means)
     logger.info(
         "abliteration: %d harmful and %d harmless prompts, %d layers x %d positions",
@@ -232,7 +254,9 @@ def _keep_clear_cases(
     def keep(part: Sequence[str], sign: int, name: str) -> list[str]:
         logits = selection.next_token_logits(model, tokenizer, part, batch_size)
         scores = baseline.refusal_scores(logits, tokens)
-        kept = [prompt for prompt, score in zip(part, scores.tolist(), strict=True) if sign * score > 0]
+        kept = [
+            prompt for prompt, score in zip(part, scores.tolist(), strict=True) if sign * score > 0
+        ]
         if len(kept) < len(part):
             logger.info("abliteration: kept %d of %d %s prompts", len(kept), len(part), name)
         if not kept:
@@ -252,7 +276,9 @@ def _keep_clear_cases(
     )
 
 
-def _make_edit(recipe: Recipe, model: PreTrainedModel, direction: Tensor, about: Mapping[str, Any]) -> Edit:
+def _make_edit(
+    recipe: Recipe, model: PreTrainedModel, direction: Tensor, about: Mapping[str, Any]
+) -> Edit:
     kind = recipe.abliteration.edit
     builder = importlib.import_module(f"abliteration.edits.{kind.name}")
     edit: Edit = builder.build(direction, find_writers(model), kind.strength, about)
@@ -271,7 +297,9 @@ def _apply_and_verify(
     verification.check_stream(
         reach, verification.stream_along(model, tokenizer, sample, edit.direction), edit, dtype
     )
-    return verification.check_coverage(written, verification.written_along(model, edit), edit, dtype)
+    return verification.check_coverage(
+        written, verification.written_along(model, edit), edit, dtype
+    )
 
 
 def _about(
@@ -286,9 +314,13 @@ def _about(
         "estimator": recipe.abliteration.direction.name,
         "edit": recipe.abliteration.edit.name,
         "strength": recipe.abliteration.edit.strength,
-        "base_model": base.name if Path(recipe.model.name_or_path).is_dir() else recipe.model.name_or_path,
+        "base_model": base.name
+        if Path(recipe.model.name_or_path).is_dir()
+        else recipe.model.name_or_path,
         "revision": recipe.model.revision,
-        "template_sha256": artifacts.hash_text(template if isinstance(template, str) else repr(template)),
+        "template_sha256": artifacts.hash_text(
+            template if isinstance(template, str) else repr(template)
+        ),
     }
 
 
@@ -301,17 +333,21 @@ def _track(
     columns = ["layer", "position", "norm", "bypass", "induce", "kl", "dropped"]
     rows = [[candidate.as_data()[column] for column in columns] for candidate in candidates]
     tracker.log({"candidates": table(columns, rows)})
-    tracker.summary.update({f"chosen/{key}": value for key, value in chosen.as_data().items() if value is not None})
+    tracker.summary.update(
+        {f"chosen/{key}": value for key, value in chosen.as_data().items() if value is not None}
+    )
     tracker.summary["largest_residual"] = max(residuals.values())
 
 
-def _hold_out(prompts: list[str], count: int, seed: int, source: PromptSource) -> tuple[list[str], list[str]]:
+def _hold_out(
+    prompts: list[str], count: int, seed: int, source: PromptSource
+) -> tuple[list[str], list[str]]:
     if len(prompts) <= count:
         raise InputError(
             f"{describe(source)} holds {len(prompts)} prompts, of which {count} "
             "would be held out; nothing is left to estimate from: give more prompts, or hold out fewer"
         )
-    shuffled = random.Random(seed).sample(prompts, len(prompts))  # noqa: S311  # no secret
+    shuffled = random.Random(seed).sample(prompts, len(prompts))  # no secret
     return shuffled[count:], shuffled[:count]
 
 
@@ -323,7 +359,9 @@ def _prompt_problems(recipe: Recipe) -> list[str]:
             f"{key}.validation.harmful": prompts.validation.harmful,
             f"{key}.validation.harmless": prompts.validation.harmless,
         }
-    problems = [problem for name, source in sources.items() for problem in check_prompts(source, name)]
+    problems = [
+        problem for name, source in sources.items() for problem in check_prompts(source, name)
+    ]
     if problems:
         return problems
     try:
@@ -352,4 +390,3 @@ def _selection_problems(recipe: Recipe) -> list[str]:
             f"template puts behind the user's words; choose -{num_positions} to -1"
         )
     return problems
-

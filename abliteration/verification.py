@@ -22,7 +22,9 @@ def written_along(model: nn.Module, edit: Edit) -> dict[str, float]:
     }
 
 
-def check_coverage(before: dict[str, float], after: dict[str, float], edit: Edit, dtype: torch.dtype) -> dict[str, float]:
+def check_coverage(
+    before: dict[str, float], after: dict[str, float], edit: Edit, dtype: torch.dtype
+) -> dict[str, float]:
     """Compare what the writers write along the direction before and after the edit.
 
     Args:
@@ -50,7 +52,10 @@ def check_coverage(before: dict[str, float], after: dict[str, float], edit: Edit
 
 @torch.inference_mode()
 def stream_along(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], direction: Tensor
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    direction: Tensor,
 ) -> Tensor:
     """How far the residual stream reaches along a unit direction: rms of v.h [layers] over prompts, last position."""
     encoded = chat.encode(tokenizer, prompts)
@@ -58,10 +63,17 @@ def stream_along(
     ids, mask = chat.pad_left(encoded, pad_id, model.device)
     with residual.reading(model, 1) as streams:
         model(
-            input_ids=ids, attention_mask=mask, position_ids=chat.positions(mask), use_cache=False, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=chat.positions(mask),
+            use_cache=False,
+            logits_to_keep=1,
         )
     return torch.stack(
-        [(stream[:, -1].double() @ direction.to(stream.device)).square().mean().sqrt().cpu() for stream in streams]
+        [
+            (stream[:, -1].double() @ direction.to(stream.device)).square().mean().sqrt().cpu()
+            for stream in streams
+        ]
     )
 
 

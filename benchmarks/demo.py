@@ -19,7 +19,7 @@ def main() -> None:
     """Print a table of seconds and shares, then the JSON line."""
     run = ROOT / "runs" / "patient"
     if not all((run / stage / "manifest.json").is_file() for stage in STAGES):
-        subprocess.run(["make", "demo"], cwd=ROOT, check=True, stdout=sys.stderr)  # noqa: S607
+        subprocess.run(["make", "demo"], cwd=ROOT, check=True, stdout=sys.stderr)
     seconds = {"patient": _read(ROOT / "runs" / "patient-model" / "patient.json")["seconds"]}
     seconds |= {stage: _read(run / stage / "manifest.json")["seconds"] for stage in STAGES}
     total = sum(seconds.values())
@@ -27,7 +27,13 @@ def main() -> None:
         print(f"{name:<13} {value:7.1f} s  {value / total:6.1%}")
     print(f"{'total':<13} {total:7.1f} s")
     rows = [
-        {"shape": name, "ratio": None, "bar": None, "seconds": value, "share": round(value / total, 4)}
+        {
+            "shape": name,
+            "ratio": None,
+            "bar": None,
+            "seconds": value,
+            "share": round(value / total, 4),
+        }
         for name, value in seconds.items()
     ]
     print(json.dumps({"name": "demo", "rows": rows, "ratio": None}))

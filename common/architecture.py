@@ -162,7 +162,9 @@ def _architecture(model: nn.Module) -> Architecture:
     return architecture_of(model.config.model_type)  # type: ignore[union-attr,arg-type]  # a PreTrainedModel
 
 
-def _writers_of_block(architecture: Architecture, block: nn.Module, prefix: str) -> Iterator[PlacedWriter]:
+def _writers_of_block(
+    architecture: Architecture, block: nn.Module, prefix: str
+) -> Iterator[PlacedWriter]:
     modules = dict(block.named_modules())
     for writer in architecture.writers:
         module = modules.get(writer.module)

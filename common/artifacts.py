@@ -44,7 +44,9 @@ def hash_file(path: Path) -> str:
 
 def hash_files(paths: Sequence[Path]) -> str:
     """SHA-256 over names and contents of files; their folders do not count."""
-    return hash_data([[path.name, hash_file(path)] for path in sorted(paths, key=lambda path: path.name)])
+    return hash_data(
+        [[path.name, hash_file(path)] for path in sorted(paths, key=lambda path: path.name)]
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,7 +63,9 @@ def write_json(path: Path, data: object) -> None:
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, sort_keys=True, ensure_ascii=True) + "\n" for row in rows))
+    write_text(
+        path, "".join(json.dumps(row, sort_keys=True, ensure_ascii=True) + "\n" for row in rows)
+    )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -111,7 +115,12 @@ class Store:
         """Declare a stage's folder complete."""
         write_json(
             entry.folder / MANIFEST,
-            {"stage": entry.stage, "fingerprint": entry.fingerprint, "seconds": round(seconds, 2), **about},
+            {
+                "stage": entry.stage,
+                "fingerprint": entry.fingerprint,
+                "seconds": round(seconds, 2),
+                **about,
+            },
         )
 
     def link(self, entry: Entry, run_folder: Path) -> None:
@@ -121,7 +130,9 @@ class Store:
         if link.is_symlink() and os.readlink(link) == target:
             return
         if link.exists() and not link.is_symlink():
-            raise InputError(f"{link} is not a link of this program; move it away, or choose another name")
+            raise InputError(
+                f"{link} is not a link of this program; move it away, or choose another name"
+            )
         beside = run_folder / f".{entry.stage}.{os.getpid()}"
         beside.unlink(missing_ok=True)  # of a killed process with this number
         beside.symlink_to(target)

@@ -50,7 +50,9 @@ def num_instruction_end_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(common, 1)
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Stack token ids with the padding in front, so that the last position is a real token in every row.
 
     Returns:

@@ -39,7 +39,11 @@ def start(expected: int | None = None) -> PartialState:
             "not); pass --config_file configs/cpu-2.yaml or another file of configs/ to accelerate launch"
         )
     use_cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=use_cpu, timeout=TIMEOUT) if _launched_with_others() else PartialState(cpu=use_cpu)
+    state = (
+        PartialState(cpu=use_cpu, timeout=TIMEOUT)
+        if _launched_with_others()
+        else PartialState(cpu=use_cpu)
+    )
     promised = expected if expected is not None else int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != promised:
         raise InputError(
@@ -51,7 +55,11 @@ def start(expected: int | None = None) -> PartialState:
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return PartialState().process_index if PartialState._shared_state else int(os.environ.get("RANK", "0"))
+    return (
+        PartialState().process_index
+        if PartialState._shared_state
+        else int(os.environ.get("RANK", "0"))
+    )
 
 
 def world_size() -> int:
@@ -66,7 +74,9 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The device of this process."""
-    chosen: torch.device = PartialState().device if PartialState._shared_state else torch.device("cpu")
+    chosen: torch.device = (
+        PartialState().device if PartialState._shared_state else torch.device("cpu")
+    )
     return chosen
 
 
@@ -93,7 +103,9 @@ def broadcast(value: Item) -> Item:
     return values[0]
 
 
-def share(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+def share(
+    items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
+) -> list[Result]:
     """Deal items out to the processes, let each work on its part, and return all results in the items' order.
 
     Args:

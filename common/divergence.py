@@ -31,7 +31,10 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer_logits(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    pad_id: int,
 ) -> list[Tensor]:
     """The logits that predict each token of each answer, in one forward pass.
 
@@ -49,7 +52,11 @@ def answer_logits(
     longest = max(len(answer) for answer in answers)
     # With the padding in front all answers end in the last column, so only these columns need logits.
     logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=chat.positions(mask), use_cache=False, logits_to_keep=longest + 1
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=chat.positions(mask),
+        use_cache=False,
+        logits_to_keep=longest + 1,
     ).logits
     return [logits[row, -len(answer) - 1 : -1] for row, answer in enumerate(answers)]
 

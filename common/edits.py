@@ -86,11 +86,17 @@ def load_edit(path: Path) -> Edit:
             metadata = (file.metadata() or {}).get("healing")
             vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as an edit: {error}; run stage one again") from error
+        raise InputError(
+            f"{path} cannot be read as an edit: {error}; run stage one again"
+        ) from error
     about = json.loads(metadata) if metadata else {}
     if about.get("format") != FORMAT:
-        raise InputError(f"{path} is no edit of format {FORMAT} (found {about.get('format')}); make it again")
-    removals = {name: Removal(vector, strength) for name, (vector, strength) in about["removals"].items()}
+        raise InputError(
+            f"{path} is no edit of format {FORMAT} (found {about.get('format')}); make it again"
+        )
+    removals = {
+        name: Removal(vector, strength) for name, (vector, strength) in about["removals"].items()
+    }
     return Edit(vectors, removals, about["left_alone"], about["about"])
 
 
@@ -165,7 +171,9 @@ def apply_to_weights(model: nn.Module, edit: Edit) -> None:
             )
         writer.weight.copy_(edited)
         if writer.bias is not None:
-            writer.bias.copy_(orthogonalize(writer.bias[None], vector, removal.strength, "embedding")[0])
+            writer.bias.copy_(
+                orthogonalize(writer.bias[None], vector, removal.strength, "embedding")[0]
+            )
 
 
 @contextmanager

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common import chat, distributed
 
@@ -33,7 +38,9 @@ class GumbelSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Add the noise of the next position to the scores [batch, vocab]."""
-        uniform = torch.stack([torch.rand(scores.shape[-1], generator=stream) for stream in self.generators])
+        uniform = torch.stack(
+            [torch.rand(scores.shape[-1], generator=stream) for stream in self.generators]
+        )
         noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
         return scores.float() / self.temperature + noise.to(scores.device)
 
@@ -95,7 +102,9 @@ def _generate_part(
         ids, mask = chat.pad_left([encoded[index] for index in batch], pad_id, model.device)
         sampling = LogitsProcessorList()
         if temperature > 0:
-            sampling.append(GumbelSampling(temperature, [_seed_of(seed, prompts[index]) for index in batch]))
+            sampling.append(
+                GumbelSampling(temperature, [_seed_of(seed, prompts[index]) for index in batch])
+            )
         output = model.generate(  # type: ignore[operator]  # the mixin's method is untyped
             input_ids=ids,
             attention_mask=mask,
@@ -121,7 +130,9 @@ def _generate_part(
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end an answer: the generation configuration's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    configured = (
+        model.generation_config.eos_token_id if model.generation_config is not None else None
+    )
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None})
 

@@ -10,14 +10,33 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common import distributed
 from common.architecture import architecture_of
 from common.errors import InputError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-NEEDED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+NEEDED_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer*",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
@@ -30,12 +49,26 @@ def resolve(name_or_path: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists() or name_or_path.startswith((".", "/")) or name_or_path.count("/") != 1:
-        hint = "; build it with `python -m patient --output " + name_or_path + "`" if "patient" in name_or_path else ""
-        raise InputError(f"model: {name_or_path} is no folder and no hub id of the form owner/name{hint}")
+        hint = (
+            "; build it with `python -m patient --output " + name_or_path + "`"
+            if "patient" in name_or_path
+            else ""
+        )
+        raise InputError(
+            f"model: {name_or_path} is no folder and no hub id of the form owner/name{hint}"
+        )
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(NEEDED_FILES)))
-    except Exception as error:  # the hub raises a dozen kinds, none of which the user should read as a traceback
-        hint = "; build it with `python -m patient --output " + name_or_path + "`" if "patient" in name_or_path else ""
+        return Path(
+            snapshot_download(name_or_path, revision=revision, allow_patterns=list(NEEDED_FILES))
+        )
+    except (
+        Exception
+    ) as error:  # the hub raises a dozen kinds, none of which the user should read as a traceback
+        hint = (
+            "; build it with `python -m patient --output " + name_or_path + "`"
+            if "patient" in name_or_path
+            else ""
+        )
         raise InputError(
             f"model: {name_or_path} is no local folder, and the hub did not give it ({type(error).__name__}); check "
             f"the name, revision and network{hint}"
@@ -54,7 +87,9 @@ def check_model(folder: Path) -> list[str]:
     except InputError as error:
         return [str(error)]
     except (OSError, ValueError, KeyError) as error:
-        return [f"model: {folder} has no readable config.json ({_first_line(error)}); name a complete model folder"]
+        return [
+            f"model: {folder} has no readable config.json ({_first_line(error)}); name a complete model folder"
+        ]
     problems = list(_weight_problems(folder))
     if getattr(config, "quantization_config", None) is not None:
         problems.append(
@@ -92,7 +127,9 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(str(path), revision))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: {path} has no readable tokenizer ({_first_line(error)}); add its files") from error
+        raise InputError(
+            f"model: {path} has no readable tokenizer ({_first_line(error)}); add its files"
+        ) from error
     if not tokenizer.chat_template:
         raise InputError(
             f"model: {path} has no chat template, so it is no chat model and cannot refuse as one; add "
@@ -105,7 +142,9 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     return tokenizer  # type: ignore[no-any-return]  # AutoTokenizer is untyped
 
 
-def load_model(path: str | Path, *, revision: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, revision: str | None = None, dtype: str = "auto"
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, on this process's device.
 
     Args:
@@ -126,7 +165,9 @@ def load_model(path: str | Path, *, revision: str | None = None, dtype: str = "a
                 device_map="auto" if several_gpus else None,
             )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"model: {folder} could not be loaded ({_first_line(error)}); check its files") from error
+        raise InputError(
+            f"model: {folder} could not be loaded ({_first_line(error)}); check its files"
+        ) from error
     if not several_gpus:
         model = model.to(distributed.device())
     return model.eval()  # type: ignore[no-any-return]  # AutoModel is untyped
@@ -143,10 +184,15 @@ def _weight_problems(folder: Path) -> Iterator[str]:
         except (SafetensorError, OSError) as error:
             yield f"model: {file} is truncated or damaged ({_first_line(error)}); fetch or build it again"
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if not index.is_file():
+        return
+    try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for missing in sorted(named - {file.name for file in files}):
-            yield f"model: {folder} lacks {missing}, which its index names; fetch it"
+    except (ValueError, KeyError, AttributeError, TypeError):
+        yield f"model: {index} is damaged, so it is not known which weight files there should be; fetch it again"
+        return
+    for missing in sorted(named - {file.name for file in files}):
+        yield f"model: {folder} lacks {missing}, which its index names; fetch it"
 
 
 @contextmanager

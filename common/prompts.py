@@ -53,16 +53,24 @@ def load_rows(source: Source) -> list[dict[str, Any]]:
 
 def describe(source: Source) -> str:
     """The source in words, for messages."""
-    return str(source.path) if source.path is not None else f"data set {source.dataset} ({source.split})"
+    return (
+        str(source.path)
+        if source.path is not None
+        else f"data set {source.dataset} ({source.split})"
+    )
 
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise InputError(f"{path} does not exist or is no file; correct the path (it is taken from the current folder)")
+        raise InputError(
+            f"{path} does not exist or is no file; correct the path (it is taken from the current folder)"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
     if path.suffix in (".jsonl", ".json"):
         return _jsonl_rows(path, text)
     if path.suffix == ".csv":
@@ -77,7 +85,9 @@ def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
         # As a file, not as lines: a quoted field may hold line breaks.
         return list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error as error:
-        raise InputError(f"{path} is not CSV that can be read ({error}); convert it to JSONL") from error
+        raise InputError(
+            f"{path} is not CSV that can be read ({error}); convert it to JSONL"
+        ) from error
 
 
 def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
@@ -89,9 +99,13 @@ def _jsonl_rows(path: Path, text: str) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number} is not JSON ({error.msg}); a JSONL file has one object a line") from error
+            raise InputError(
+                f"{path}:{number} is not JSON ({error.msg}); a JSONL file has one object a line"
+            ) from error
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number} is no JSON object; a JSONL file has one object a line")
+            raise InputError(
+                f"{path}:{number} is no JSON object; a JSONL file has one object a line"
+            )
         rows.append(row)
     return rows
 
@@ -100,22 +114,31 @@ def _dataset_rows(source: Source) -> list[dict[str, Any]]:
     import datasets  # noqa: PLC0415  # slow to import and not needed for files
 
     try:
-        loaded = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision)
+        loaded = datasets.load_dataset(
+            source.dataset, source.subset, split=source.split, revision=source.revision
+        )
     except Exception as error:  # the library raises a dozen kinds, none of which the user should read as a traceback
+        reason = " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())[:200]
         raise InputError(
-            f"{describe(source)} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-            "check the name, split and network, or name a local file with `path`"
+            f"{describe(source)} could not be loaded ({reason}); check the name, split and network, or "
+            "name a local file with `path`"
         ) from error
     return [dict(row) for row in loaded]
 
 
 def _prompt_of(row: dict[str, Any], column: str, name: str) -> str:
     if column not in row:
-        raise InputError(f"{name} has no column {column!r} (found: {', '.join(map(str, row))}); set `column`")
+        raise InputError(
+            f"{name} has no column {column!r} (found: {', '.join(map(str, row))}); set `column`"
+        )
     value = row[column]
     if isinstance(value, list) and value and isinstance(value[0], dict):
         # A conversation: its first user message. A list must never become one long prompt.
-        value = next((message.get("content") for message in value if message.get("role") == "user"), None)
+        value = next(
+            (message.get("content") for message in value if message.get("role") == "user"), None
+        )
     if not isinstance(value, str):
-        raise InputError(f"{name}: column {column!r} holds {type(value).__name__}, not text; name another column")
+        raise InputError(
+            f"{name}: column {column!r} holds {type(value).__name__}, not text; name another column"
+        )
     return value

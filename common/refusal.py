@@ -38,7 +38,7 @@ _REFUSALS = tuple(
         rf"\b(?:sorry|apologi[sz]e|apologies|afraid|regret)\b.{{0,80}}?"
         rf"\b{_SUBJECT}{_INABILITY}{_IDIOM}",
         rf"\b{_SUBJECT} ?(?:really |simply |just )?{_CANNOT}{_IDIOM}(?: \w+)? {_HELPING}\b",
-        rf"\b{_SUBJECT}{_UNABLE}{_IDIOM}(?: (?:to|with|from|for)\b|[.,;!])",
+        rf"\b{_SUBJECT}{_UNABLE}{_IDIOM}(?: (?:to|with|from|for|this|that|your|\w+ing)\b|[.,;!])",
         rf"\bas an? (?:ai|artificial|language model|assistant|responsible)\b.{{0,120}}"
         rf"\b{_INABILITY}",
         r"\b(?:it|this|that)(?: is|'s| would be) (?:not |in|un|il)"
@@ -70,5 +70,10 @@ def is_refusal(text: str) -> bool:
 
 
 def _normalize(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").replace("\u02bc", "'").replace("`", "'")
+    text = (
+        unicodedata.normalize("NFKC", text)
+        .replace("\u2019", "'")
+        .replace("\u02bc", "'")
+        .replace("`", "'")
+    )
     return re.sub(r"\s+", " ", text).strip().lower()

@@ -31,7 +31,9 @@ def reading(model: nn.Module, num_positions: int) -> Iterator[list[Tensor]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         streams.append(hidden[:, -num_positions:].detach())
 
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in find_blocks(model)]
+    handles = [
+        block.register_forward_pre_hook(hook, with_kwargs=True) for block in find_blocks(model)
+    ]
     try:
         yield streams
     finally:

@@ -1,7 +1,8 @@
 """Intervals and tests for models that answer the same items: arrays in, numbers out.
 
-Every interval is a 95 % interval. Comparisons are paired, item by item. Items that share a fact form a
-cluster; their intervals and p-values then count clusters, since answers within one are not independent.
+Every interval is a 95 % interval. Comparisons are paired, item by item. Items that share a fact
+form a cluster; their intervals and p-values then count clusters, since answers within one are not
+independent.
 """
 
 import math
@@ -17,9 +18,10 @@ Integers = NDArray[np.int64]
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+RESAMPLES_AT_ONCE = 500
 SIGN_FLIPS = 20_000
-# With fewer clusters that say anything, resampling them covers far less than it promises (63 to 86 % where 95 %
-# is asked); score intervals on the effective number of items do not have this fault.
+# With fewer clusters that say anything, resampling them covers far less than it promises (63 to 86
+# % where 95 % is asked); score intervals on the effective number of items do not have this fault.
 MIN_INFORMATIVE_CLUSTERS = 10
 Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
 # Two-sided 5 % level, 80 % power.
@@ -81,7 +83,8 @@ def newcombe_paired(both: float, first_only: float, second_only: float, neither:
     down_first, up_first = first.value - first.low, first.high - first.value
     down_second, up_second = second.value - second.low, second.high - second.value
     value = (first_only - second_only) / total
-    # (a - b)^2 + 2 (1 - phi) a b is never negative, which a^2 - 2 phi a b + b^2 can be after rounding.
+    # (a - b)^2 + 2 (1 - phi) a b is never negative, which a^2 - 2 phi a b + b^2 can be after
+    # rounding.
     down = math.sqrt((down_first - up_second) ** 2 + 2 * (1 - phi) * down_first * up_second)
     up = math.sqrt((up_first - down_second) ** 2 + 2 * (1 - phi) * up_first * down_second)
     return Interval(value, max(-1.0, value - down), min(1.0, value + up))
@@ -122,9 +125,9 @@ def cluster_ids(labels: Sequence[str | None]) -> Integers:
 def rate_interval(values: Floats, clusters: Integers, *, seed: int) -> Interval:
     """The mean of items with its interval.
 
-    Wilson's interval for right and wrong answers of independent items; a cluster bootstrap for clusters and for
-    graded values, except where too few clusters vary to be resampled: then Wilson's on the effective number of
-    items.
+    Wilson's interval for right and wrong answers of independent items; a cluster bootstrap for
+    clusters and for graded values, except where too few clusters vary to be resampled: then
+    Wilson's on the effective number of items.
     """
     binary = is_binary(values)
     if binary and not is_clustered(clusters):
@@ -143,10 +146,10 @@ def paired_difference(
 ) -> Difference:
     """First minus second on the same items, with interval and p-value.
 
-    Independent right and wrong answers: Newcombe's paired interval and the exact McNemar test. Clusters or graded
-    values: a cluster bootstrap and a sign-flip test on cluster sums (which is McNemar's test when every cluster
-    is one item); where fewer than `MIN_INFORMATIVE_CLUSTERS` clusters differ, Newcombe's interval on the
-    effective number of items.
+    Independent right and wrong answers: Newcombe's paired interval and the exact McNemar test.
+    Clusters or graded values: a cluster bootstrap and a sign-flip test on cluster sums (which is
+    McNemar's test when every cluster is one item); where fewer than `MIN_INFORMATIVE_CLUSTERS`
+    clusters differ, Newcombe's interval on the effective number of items.
 
     Args:
         first: values [items].
@@ -196,16 +199,18 @@ def recovery(
         healed: values [items], same order.
         clusters: cluster number of each item; a cluster lies in one stratum.
         seed: of the resampling.
-        capped: count an item as no better than in the original model, so that what healing does better in one
-            place cannot pay for what it does worse in another.
-        strata: benchmark number of each item; every resample keeps the number of clusters of each benchmark.
+        capped: count an item as no better than in the original model, so that what healing does
+            better in one place cannot pay for what it does worse in another.
+        strata: benchmark number of each item; every resample keeps the number of clusters of each
+            benchmark.
     """
     reached = np.minimum(healed, original) if capped else healed
     won = sums_by_cluster(reached - abliterated, clusters)
     lost = sums_by_cluster(original - abliterated, clusters)
     short = sums_by_cluster(np.abs(original - reached), clusters)
     if not short.any():
-        # Nothing to resample: all of the damage came back. How sure that is depends on how many clusters had any.
+        # Nothing to resample: all of the damage came back. How sure that is depends on how many
+        # clusters had any.
         surely = wilson(float((lost > 0).sum()), float((lost > 0).sum()))
         return Interval(1.0, surely.low, 1.0)
     layers = None
@@ -247,7 +252,8 @@ def ratio_interval(
 def sign_flip_test(sums: Floats, *, seed: int) -> float:
     """Two-sided p-value of a symmetric distribution around 0, by flipping the signs of cluster sums.
 
-    Exact for whole numbers, which counts of right answers are; otherwise from `SIGN_FLIPS` random flips.
+    Exact for whole numbers, which counts of right answers are; otherwise from `SIGN_FLIPS` random
+    flips.
     """
     sums = sums[sums != 0]
     if len(sums) == 0:
@@ -264,11 +270,12 @@ def sign_flip_test(sums: Floats, *, seed: int) -> float:
 def minimum_detectable_effect(differences: Floats, clusters: Integers) -> float | None:
     """The smallest true difference that as many items would show at the 5 % level with 80 % power.
 
-    From the variance seen; for right and wrong answers at least what the difference itself would bring, since
-    models that differ by x differ on a share x of the items.
+    From the variance seen; for right and wrong answers at least what the difference itself would
+    bring, since models that differ by x differ on a share x of the items.
 
     Returns:
-        The difference, or None where graded values did not differ at all, so that their variance is unknown.
+        The difference, or None where graded values did not differ at all, so that their variance is
+        unknown.
     """
     size = len(differences) / design_effect(differences, clusters)
     by_variance = Z_POWER * math.sqrt(float(np.mean(differences**2)) / size)
@@ -296,7 +303,8 @@ def design_effect(values: Floats, clusters: Integers) -> float:
 
 def sums_by_cluster(values: Floats, clusters: Integers) -> Floats:
     """Sum the values of each cluster."""
-    return np.bincount(clusters, weights=values)
+    sums: Floats = np.bincount(clusters, weights=values).astype(np.float64)
+    return sums
 
 
 def is_clustered(clusters: Integers) -> bool:
@@ -310,7 +318,8 @@ def is_binary(values: Floats) -> bool:
 
 
 def _exact_sign_flip_test(sizes: Integers, observed: int) -> float:
-    # The distribution of a sum of independent +-size, grown one cluster at a time; index 0 stands for -total.
+    # The distribution of a sum of independent +-size, grown one cluster at a time; index 0 stands
+    # for -total.
     total = int(sizes.sum())
     chances = np.zeros(2 * total + 1)
     chances[total] = 1.0
@@ -331,16 +340,18 @@ def _resampled_ratios(
     top = np.zeros(RESAMPLES)
     bottom = np.zeros(RESAMPLES)
     for layer in np.unique(layers):
-        inside = layers == layer
-        size = int(inside.sum())
-        # How often each cluster is drawn; the same for numerators and denominators.
-        for start in range(0, RESAMPLES, 1000):
-            counts = generator.multinomial(size, np.full(size, 1 / size), size=1000)
-            top[start : start + 1000] += counts @ numerators[inside]
-            bottom[start : start + 1000] += counts @ denominators[inside]
-    return np.asarray(top / _positive(bottom))
+        inside = np.flatnonzero(layers == layer)
+        for start in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
+            part = slice(start, min(start + RESAMPLES_AT_ONCE, RESAMPLES))
+            shape = (part.stop - part.start, len(inside))
+            drawn = inside[generator.integers(len(inside), size=shape, dtype=np.int32)]
+            top[part] += numerators[drawn].sum(axis=1)
+            bottom[part] += denominators[drawn].sum(axis=1)
+    ratios: Floats = top / _positive(bottom)
+    return ratios
 
 
 def _positive(denominators: Floats) -> Floats:
-    # A resample without damage has no ratio. It counts as half an item of damage: extreme, as it should, but finite.
+    # A resample without damage has no ratio. It counts as half an item of damage: extreme, as it
+    # should, but finite.
     return np.maximum(denominators, 0.5)

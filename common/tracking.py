@@ -77,7 +77,11 @@ def tracking_mode(recipe: Recipe) -> str:
 
 def artifact(recipe: Recipe, stage: str, folder: Path) -> wandb.Artifact:
     """The artifact of a finished stage: its small files, with the fingerprint that identifies its weights."""
-    made = wandb.Artifact(f"{recipe.name}-{stage}", type=ARTIFACT_TYPES[stage], metadata={"fingerprint": folder.resolve().name})
+    made = wandb.Artifact(
+        f"{recipe.name}-{stage}",
+        type=ARTIFACT_TYPES[stage],
+        metadata={"fingerprint": folder.resolve().name},
+    )
     for name in ARTIFACT_FILES:
         if (folder / name).is_file():
             made.add_file(str(folder / name))

@@ -10,12 +10,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,7 +43,11 @@ class TeacherRow:
 
 @torch.inference_mode()
 def teach(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], anchor: Anchor, batch_size: int
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    anchor: Anchor,
+    batch_size: int,
 ) -> list[TeacherRow]:
     """Let the teacher answer greedily, and keep its top-k log-probabilities.
 
@@ -66,10 +69,14 @@ def teach(
         batch_size=batch_size,
         description=f"answers of the {anchor.to} model",
     )
-    end = end_tokens(teacher, tokenizer)[0] if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    end = (
+        end_tokens(teacher, tokenizer)[0]
+        if tokenizer.eos_token_id is None
+        else int(tokenizer.eos_token_id)
+    )
     encoded = chat.encode(tokenizer, prompts)
     texts = [
-        (prompt, answer + [end] if len(answer) < anchor.max_new_tokens else answer)
+        (prompt, [*answer, end] if len(answer) < anchor.max_new_tokens else answer)
         for prompt, answer in zip(encoded, answers, strict=True)
     ]
     pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
@@ -89,9 +96,16 @@ def _teach_part(
 ) -> list[TeacherRow]:
     rows: dict[int, TeacherRow] = {}
     parts = list(batches([len(prompt) + len(answer) for prompt, answer in texts], batch_size))
-    for batch in tqdm(parts, desc="teacher distributions", disable=not distributed.is_main(), leave=False):
-        prompts, answers = [texts[index][0] for index in batch], [texts[index][1] for index in batch]
-        for index, logits in zip(batch, answer_logits(teacher, prompts, answers, pad_id), strict=True):
+    for batch in tqdm(
+        parts, desc="teacher distributions", disable=not distributed.is_main(), leave=False
+    ):
+        prompts, answers = (
+            [texts[index][0] for index in batch],
+            [texts[index][1] for index in batch],
+        )
+        for index, logits in zip(
+            batch, answer_logits(teacher, prompts, answers, pad_id), strict=True
+        ):
             logps = torch.log_softmax(logits.float(), dim=-1)
             top_logps, top_ids = logps.topk(min(top_k, logps.shape[-1]), dim=-1)
             rows[index] = TeacherRow(*texts[index], top_ids.cpu(), top_logps.cpu())
@@ -147,8 +161,11 @@ class AnchorBatches:
         number, offset = divmod(place, len(self.rows))
         if number not in self._passes:
             order = list(range(len(self.rows)))
-            random.Random(f"{self.seed} {number}").shuffle(order)  # noqa: S311  # no secret
-            self._passes = {number: order, **{k: v for k, v in self._passes.items() if k == number - 1}}
+            random.Random(f"{self.seed} {number}").shuffle(order)  # no secret
+            self._passes = {
+                number: order,
+                **{k: v for k, v in self._passes.items() if k == number - 1},
+            }
         return self._passes[number][offset]
 
 
@@ -177,7 +194,9 @@ def anchored_divergence(student_logits: Tensor, top_ids: Tensor, top_logps: Tens
     return inside + rest
 
 
-def anchor_loss(model: Any, rows: Sequence[TeacherRow], pad_id: int, device: torch.device) -> Tensor:  # noqa: ANN401  # bare, DDP- or FSDP-wrapped
+def anchor_loss(
+    model: nn.Module, rows: Sequence[TeacherRow], pad_id: int, device: torch.device
+) -> Tensor:
     """The summed divergence of a model from the teacher on some rows.
 
     Args:

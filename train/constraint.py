@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from common.architecture import PlacedWriter, architecture_of
 from common.edits import Edit, component_along, edited_writers, project
@@ -29,10 +35,10 @@ class KeepAblated(TrainerCallback):
 
     def on_optimizer_step(
         self,
-        args: TrainingArguments,  # noqa: ARG002  # the callback's signature
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ANN401, ARG002
+        args: TrainingArguments,  # the callback's signature
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Take back what the step wrote along the direction."""
         with torch.no_grad():
@@ -169,7 +175,9 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Every LoRA layer by the name that its module has in the model without the adapter."""
     # Only the wrappers: the wrapped module below each would have the same plain name.
     return {
-        _plain_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        _plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
     }
 
 

@@ -58,7 +58,9 @@ class Piece:
     make: Callable[[PreTrainedModel], None]
 
 
-def prepare(recipe: Recipe, work: Path, upstream: Mapping[str, Path], excluded: frozenset[str]) -> Material:
+def prepare(
+    recipe: Recipe, work: Path, upstream: Mapping[str, Path], excluded: frozenset[str]
+) -> Material:
     """Make what is missing, and read everything.
 
     Args:
@@ -72,13 +74,18 @@ def prepare(recipe: Recipe, work: Path, upstream: Mapping[str, Path], excluded: 
     """
     tokenizer = load_tokenizer(upstream["abliteration"] / "model")
     pieces = _pieces(recipe, work, tokenizer)
-    missing = distributed.broadcast([piece.path.name for piece in pieces if not piece.path.exists()])
+    missing = distributed.broadcast(
+        [piece.path.name for piece in pieces if not piece.path.exists()]
+    )
     for teacher in TEACHERS:
         due = [piece for piece in pieces if piece.teacher == teacher and piece.path.name in missing]
         if due:
             _make(due, _load_teacher(recipe, teacher, upstream))
     pairs, counts = _read_pairs(recipe, work, excluded)
-    anchors = [load_rows(work / f"anchor-{index}.safetensors") for index in range(len(recipe.train.anchors))]
+    anchors = [
+        load_rows(work / f"anchor-{index}.safetensors")
+        for index in range(len(recipe.train.anchors))
+    ]
     return Material(pairs, anchors, counts)
 
 
@@ -88,10 +95,14 @@ def _make(pieces: Sequence[Piece], model: PreTrainedModel) -> None:
         distributed.barrier()
 
 
-def _load_teacher(recipe: Recipe, teacher: Teacher, upstream: Mapping[str, Path]) -> PreTrainedModel:
+def _load_teacher(
+    recipe: Recipe, teacher: Teacher, upstream: Mapping[str, Path]
+) -> PreTrainedModel:
     if teacher == "abliterated":
         return load_model(upstream["abliteration"] / "model", dtype=recipe.model.dtype)
-    return load_model(resolve(recipe.model.name_or_path, recipe.model.revision), dtype=recipe.model.dtype)
+    return load_model(
+        resolve(recipe.model.name_or_path, recipe.model.revision), dtype=recipe.model.dtype
+    )
 
 
 def _pieces(recipe: Recipe, work: Path, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
@@ -100,7 +111,9 @@ def _pieces(recipe: Recipe, work: Path, tokenizer: PreTrainedTokenizerBase) -> l
         if isinstance(source, OnPolicy):
             for teacher in TEACHERS:
                 path = _answers_path(work, teacher, index)
-                pieces.append(Piece(path, teacher, _answers_maker(recipe, source, tokenizer, path, teacher)))
+                pieces.append(
+                    Piece(path, teacher, _answers_maker(recipe, source, tokenizer, path, teacher))
+                )
     for index, anchor in enumerate(recipe.train.anchors):
         path = work / f"anchor-{index}.safetensors"
         pieces.append(Piece(path, anchor.to, _anchor_maker(anchor, tokenizer, path)))
@@ -112,7 +125,11 @@ def _answers_path(work: Path, teacher: Teacher, index: int) -> Path:
 
 
 def _answers_maker(
-    recipe: Recipe, source: OnPolicy, tokenizer: PreTrainedTokenizerBase, path: Path, teacher: Teacher
+    recipe: Recipe,
+    source: OnPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    teacher: Teacher,
 ) -> Callable[[PreTrainedModel], None]:
     def make(model: PreTrainedModel) -> None:
         prompts = load_prompts(source.prompts)
@@ -138,7 +155,9 @@ def _anchor_maker(
 ) -> Callable[[PreTrainedModel], None]:
     def make(model: PreTrainedModel) -> None:
         # Scoring needs logits of whole answers: smaller batches than generation.
-        rows = teach(model, tokenizer, load_prompts(anchor.prompts), anchor, batch_size=4 * anchor.batch_size)
+        rows = teach(
+            model, tokenizer, load_prompts(anchor.prompts), anchor, batch_size=4 * anchor.batch_size
+        )
         if distributed.is_main():
             save_rows(rows, path)
 

@@ -32,7 +32,9 @@ def plan_lines(recipe: Recipe, stages: Sequence[tuple[str, bool, str]]) -> list[
         stages: name, whether it is complete, and fingerprint of each stage up to the last wanted.
     """
     lines = [f"{recipe.name}: {recipe.model.name_or_path} -> {recipe.output_dir}/{recipe.name}"]
-    lines += [f"  {name:<13} {'reused' if done else 'to run'}  {mark[:12]}" for name, done, mark in stages]
+    lines += [
+        f"  {name:<13} {'reused' if done else 'to run'}  {mark[:12]}" for name, done, mark in stages
+    ]
     lines += [f"  {line}" for line in _details(recipe)]
     differences = settings.differences_from_trl(recipe.train)
     if differences:
@@ -96,10 +98,14 @@ def _activation_bytes(recipe: Recipe, config: object, width: int) -> int:
     text = config.get_text_config()  # type: ignore[attr-defined]  # any configuration has it
     trainer = recipe.train.trainer
     per_device, _ = settings.share_batch(
-        recipe.train.global_batch_size, distributed.world_size(), trainer.get("per_device_train_batch_size")
+        recipe.train.global_batch_size,
+        distributed.world_size(),
+        trainer.get("per_device_train_batch_size"),
     )
     tokens = 2 * per_device * int(trainer.get("max_length") or 1024)
-    checkpointing = trainer.get("gradient_checkpointing", trainer.get("activation_checkpointing", False))
+    checkpointing = trainer.get(
+        "gradient_checkpointing", trainer.get("activation_checkpointing", False)
+    )
     kept: int = 1 if checkpointing else ACTIVATION_NUMBERS
     return kept * tokens * text.hidden_size * text.num_hidden_layers * width
 

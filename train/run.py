@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
-# Run as a script, Python puts this file's folder first: a module here would shadow a library of the same name.
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0:1] = [str(ROOT)]
+if sys.path[0] == str(ROOT / "train"):
+    # Run as a script: with this file's folder first, a module here could shadow a library of the same name.
+    sys.path[0] = str(ROOT)
 
 from common.errors import GateError, HealingError, InputError, RecipeError  # noqa: E402
 from common.recipe import Recipe, dump, load_recipe, placed, raw_section  # noqa: E402
+
+if TYPE_CHECKING:  # torch comes late: a wrong recipe is told in a blink
+    from common.artifacts import Entry, Store
 
 STAGES = ("abliteration", "train", "eval", "release")
 INTERRUPTED = 130
@@ -51,11 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="train/run.py", description="Abliterate a chat model, heal it, evaluate it, release it."
+        prog="train/run.py",
+        description="Abliterate a chat model, heal it, evaluate it, release it.",
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe to replace")
-    parser.add_argument("--check", action="store_true", help="check recipe and inputs, print the plan, load no weights")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted keys of the recipe to replace"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check recipe and inputs, print the plan, load no weights",
+    )
     parser.add_argument("--until", choices=STAGES, default="release", help="stop after this stage")
     return parser.parse_args(arguments)
 
@@ -76,7 +87,9 @@ def _block_problems(options: argparse.Namespace) -> list[str]:
 
     section = raw_section(options.recipe, options.overrides, "train")
     trainer, adapter = section.get("trainer"), section.get("adapter")
-    problems = check(trainer if isinstance(trainer, dict) else {}, adapter if isinstance(adapter, dict) else None)
+    problems = check(
+        trainer if isinstance(trainer, dict) else {}, adapter if isinstance(adapter, dict) else None
+    )
     return placed(problems, options.recipe, options.overrides)
 
 
@@ -91,7 +104,7 @@ class Step:
     """
 
     name: str
-    entry: Any
+    entry: "Entry"
     run: Callable[..., None]
 
 
@@ -112,7 +125,13 @@ def _run(recipe: Recipe, options: argparse.Namespace, runs: list[Path]) -> None:
     run_folder = _make_run_folder(recipe, runs)
     with _locked(store, f"run-{recipe.name}"):
         for step in steps:
-            _run_step(recipe, step, store, run_folder, {done.name: done.entry.folder for done in _before(step, steps)})
+            _run_step(
+                recipe,
+                step,
+                store,
+                run_folder,
+                {done.name: done.entry.folder for done in _before(step, steps)},
+            )
             if step.name == "eval":
                 _report(step.entry.folder)
         if distributed.is_main():
@@ -131,7 +150,9 @@ def _stages() -> dict[str, ModuleType]:
     return dict(zip(STAGES, modules, strict=True))
 
 
-def _check(recipe: Recipe, options: argparse.Namespace, stages: Mapping[str, ModuleType]) -> frozenset[str]:
+def _check(
+    recipe: Recipe, options: argparse.Namespace, stages: Mapping[str, ModuleType]
+) -> frozenset[str]:
     """Every check of every stage, and what all of them share: no prompt may be one of the benchmarks' items.
 
     Returns:
@@ -154,7 +175,10 @@ def _check(recipe: Recipe, options: argparse.Namespace, stages: Mapping[str, Mod
 
 
 def _plan(
-    recipe: Recipe, stages: Mapping[str, ModuleType], store: Any, excluded: frozenset[str]  # noqa: ANN401  # Store, imported late
+    recipe: Recipe,
+    stages: Mapping[str, ModuleType],
+    store: "Store",
+    excluded: frozenset[str],
 ) -> list[Step]:
     from common.model import identity_files, resolve  # noqa: PLC0415
 
@@ -174,7 +198,9 @@ def _before(step: Step, steps: Sequence[Step]) -> Sequence[Step]:
     return steps[: [other.name for other in steps].index(step.name)]
 
 
-def _run_step(recipe: Recipe, step: Step, store: Any, run_folder: Path, upstream: Mapping[str, Path]) -> None:  # noqa: ANN401  # Store
+def _run_step(
+    recipe: Recipe, step: Step, store: "Store", run_folder: Path, upstream: Mapping[str, Path]
+) -> None:
     """Do a stage, or reuse it; either way it is linked into the run folder."""
     from common import distributed  # noqa: PLC0415
     from common.tracking import artifact, tracked  # noqa: PLC0415
@@ -207,7 +233,16 @@ def _about(recipe: Recipe) -> dict[str, object]:
 
     from common import distributed  # noqa: PLC0415
 
-    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "wandb")
+    libraries = (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "lm_eval",
+        "wandb",
+    )
     return {
         "seed": recipe.seed,
         "processes": distributed.world_size(),
@@ -230,7 +265,9 @@ def _make_run_folder(recipe: Recipe, runs: list[Path]) -> Path:
                 "choose another name or output_dir"
             ) from error
         except OSError as error:
-            raise InputError(f"output_dir: {folder} cannot be made ({error.strerror}); choose another") from error
+            raise InputError(
+                f"output_dir: {folder} cannot be made ({error.strerror}); choose another"
+            ) from error
         runs.append(folder)
         write_text(folder / "recipe.yaml", dump(recipe))
     distributed.barrier()
@@ -238,7 +275,7 @@ def _make_run_folder(recipe: Recipe, runs: list[Path]) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(store: Any, name: str) -> Iterator[None]:  # noqa: ANN401  # Store
+def _locked(store: "Store", name: str) -> Iterator[None]:
     from common import distributed  # noqa: PLC0415
 
     with store.locked(name) if distributed.is_main() else contextlib.nullcontext():
@@ -260,7 +297,10 @@ def _report(folder: Path) -> None:
         sys.stdout.flush()
     if not results["accept"]["passed"]:
         missed = [gate for gate in results["accept"]["gates"] if not gate["passed"]]
-        lines = [f"eval.accept: {gate['name']} is {gate['value']}, limit {gate['limit']}" for gate in missed]
+        lines = [
+            f"eval.accept: {gate['name']} is {gate['value']}, limit {gate['limit']}"
+            for gate in missed
+        ]
         raise GateError("\n".join([*lines, "no release was made; heal longer or loosen the gate"]))
 
 
@@ -270,7 +310,9 @@ def _print_plan(recipe: Recipe, steps: Sequence[Step]) -> None:
 
     if not distributed.is_main():
         return
-    lines = plan_lines(recipe, [(step.name, step.entry.complete, step.entry.fingerprint) for step in steps])
+    lines = plan_lines(
+        recipe, [(step.name, step.entry.complete, step.entry.fingerprint) for step in steps]
+    )
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -281,7 +323,9 @@ def _fail(message: str, code: int, runs: Sequence[Path]) -> int:
         sys.stderr.write(f"\n{message}\n")
         sys.stderr.flush()
         for folder in runs:
-            (folder / "failure.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (folder / "failure.json").write_text(
+                json.dumps(record, indent=1) + "\n", encoding="utf-8"
+            )
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         detail = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

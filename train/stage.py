@@ -85,8 +85,12 @@ def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
     section = recipe.train
     return {
         "settings": section.model_dump(mode="json", exclude={"preferences", "anchors", "trainer"}),
-        "trainer": {key: value for key, value in section.trainer.items() if key not in NO_INFLUENCE},
-        "preferences": [source_module(source.name).inputs(source, excluded) for source in section.preferences],
+        "trainer": {
+            key: value for key, value in section.trainer.items() if key not in NO_INFLUENCE
+        },
+        "preferences": [
+            source_module(source.name).inputs(source, excluded) for source in section.preferences
+        ],
         "anchors": [
             {
                 **anchor.model_dump(mode="json", exclude={"prompts"}),
@@ -148,7 +152,9 @@ def _build_trainer(
         world_size=distributed.world_size(),
         use_cpu=distributed.device().type == "cpu",
         bf16=model.dtype == torch.bfloat16,
-        report_to="wandb" if distributed.is_main() and tracking_mode(recipe) != "disabled" else "none",
+        report_to="wandb"
+        if distributed.is_main() and tracking_mode(recipe) != "disabled"
+        else "none",
     )
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
     callbacks: list[TrainerCallback] = []
@@ -159,12 +165,16 @@ def _build_trainer(
         args=arguments,
         train_dataset=_dataset(folder),
         processing_class=load_tokenizer(base),
-        peft_config=build_adapter(recipe.train.adapter) if recipe.train.adapter is not None else None,
+        peft_config=build_adapter(recipe.train.adapter)
+        if recipe.train.adapter is not None
+        else None,
         callbacks=callbacks,
         anchors=_weighted_anchors(recipe, material),
     )
     if recipe.train.keep_ablated == "hard" and recipe.train.adapter is not None:
-        trainer.add_callback(constraint.KeepAblated(constraint.lora_projections(trainer.model, edit)))
+        trainer.add_callback(
+            constraint.KeepAblated(constraint.lora_projections(trainer.model, edit))
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepBar())
@@ -175,7 +185,10 @@ def _build_trainer(
 def _dataset(folder: Path) -> datasets.Dataset:
     """The pairs as a data set on disk: trl shares its cached reference log-probabilities between ranks by file."""
     return datasets.load_dataset(
-        "json", data_files=str(folder / "pairs.jsonl"), cache_dir=str(folder / "work" / "cache"), split="train"
+        "json",
+        data_files=str(folder / "pairs.jsonl"),
+        cache_dir=str(folder / "work" / "cache"),
+        split="train",
     )
 
 
@@ -194,7 +207,10 @@ def _save(recipe: Recipe, trainer: HealingTrainer, folder: Path) -> None:
     target = folder / ("model" if recipe.train.adapter is None else "adapter")
     trainer.save_model(str(target))
     if distributed.is_main():
-        for leftover in ("README.md", "training_args.bin"):  # trl's own card, and a pickle with machine paths
+        for leftover in (
+            "README.md",
+            "training_args.bin",
+        ):  # trl's own card, and a pickle with machine paths
             (target / leftover).unlink(missing_ok=True)
 
 
@@ -216,7 +232,9 @@ def _record(
     artifacts.write_json(folder / "summary.json", summary)
     tracker.summary.update({"pairs": len(material.pairs), "steps": trainer.state.global_step})
     for name, counts in material.counts.items():
-        tracker.summary.update({f"pairs/{name}/{reason}": count for reason, count in counts.items()})
+        tracker.summary.update(
+            {f"pairs/{name}/{reason}": count for reason, count in counts.items()}
+        )
     if steps:
         logger.info(
             "train: %d steps, loss %.4f to %.4f, rewards/margins %.3f",

@@ -13,7 +13,12 @@ from common.errors import StageError
 from train.anchors import AnchorBatches, TeacherRow, anchor_loss
 
 # How far from 0 the first step's mean rewards may be: rounding of two forward passes, times beta.
-REWARD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+REWARD_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        return_outputs: bool = False,  # noqa: FBT001, FBT002  # the trainer's signature
+        return_outputs: bool = False,  # the trainer's signature
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # noqa: ANN401  # the trainer's signature
         """TRL's loss plus the anchors'.
@@ -85,7 +90,9 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             term = term * (parts / num_tokens)
         else:
             # Every process has to take part in the forward pass: sharded models would wait for it for ever.
-            term = 0.0 * anchor_loss(model, rows[:1], self._tokenizer.pad_token_id, self.accelerator.device)
+            term = 0.0 * anchor_loss(
+                model, rows[:1], self._tokenizer.pad_token_id, self.accelerator.device
+            )
         self._metrics["train"][f"anchors/{anchor.name}"].append(
             self.accelerator.gather(term.detach()).mean().item()
         )

@@ -19,9 +19,7 @@ SHORTER = ("train.trainer.max_steps=60", "train.trainer.logging_steps=1", "eval.
 
 
 @pytest.fixture(scope="module")
-def both(
-    demo: Demo, launch: Launch, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+def both(demo: Demo, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The run folders of one process and of two."""
     folders = []
     for config in ("cpu.yaml", "cpu-2.yaml"):

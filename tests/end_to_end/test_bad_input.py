@@ -244,7 +244,9 @@ CASES = [
         setting("abliteration.selection", {"name": "fixed", "layer": 1, "position": -99}),
         ("-99", "before"),
     ),
-    Case("pairs without columns", pairs_instead({"prompt": "p", "good": "a"}), ("'chosen'", "found")),
+    Case(
+        "pairs without columns", pairs_instead({"prompt": "p", "good": "a"}), ("'chosen'", "found")
+    ),
     Case("pair without prompt", pairs_instead({"chosen": "a", "rejected": "b"}), ("user turn",)),
     Case(
         "data set out of reach",
@@ -362,7 +364,9 @@ def test_a_launch_that_silently_became_one_process_is_an_error(place: Place) -> 
     """As `accelerate launch --cpu --num_processes 2` does it: MASTER_ADDR is set, WORLD_SIZE is not."""
     path = place.file("recipe.yaml")
     path.write_text(yaml.safe_dump(place.recipe))
-    environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | {"MASTER_ADDR": "127.0.0.1"}
+    environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | {
+        "MASTER_ADDR": "127.0.0.1"
+    }
     done = subprocess.run(
         [sys.executable, "train/run.py", str(path)],
         cwd=ROOT,

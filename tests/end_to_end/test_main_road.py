@@ -95,20 +95,33 @@ def test_nothing_that_healing_added_writes_along_the_removed_direction(
         )
         scale = component_along(original[name].weight, vector, writer.layout).norm()
         assert drift.norm() <= 1e-5 * scale, name
-    changed = [name for name, writer in released.items() if not torch.equal(writer.weight, abliterated[name].weight)]
+    changed = [
+        name
+        for name, writer in released.items()
+        if not torch.equal(writer.weight, abliterated[name].weight)
+    ]
     assert changed, "healing changed no writer, so this test shows nothing"
 
 
 def test_the_release_loads_and_its_checksums_hold(demo: Demo) -> None:
     release = demo.folder / "release"
-    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=release, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=release, capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout
-    for name in ("adapter/adapter_model.safetensors", "refusal_direction.safetensors", "refusal_dir.pth", "README.md"):
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "refusal_direction.safetensors",
+        "refusal_dir.pth",
+        "README.md",
+    ):
         assert (release / name).is_file()
     assert torch.load(release / "refusal_dir.pth", weights_only=True).ndim == 1
     tokenizer = AutoTokenizer.from_pretrained(release)
     model = AutoModelForCausalLM.from_pretrained(release)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False
+    )
     assert model(**tokenizer(text, return_tensors="pt")).logits.isfinite().all()
 
 
@@ -120,9 +133,13 @@ def test_a_second_run_reuses_every_stage(demo: Demo, launch: Launch) -> None:
 
 
 def test_changing_tracking_or_the_run_name_reuses_everything(demo: Demo, launch: Launch) -> None:
-    again = launch(demo.recipe, f"output_dir={demo.runs}", "tracking.project=other", "name=renamed", "--check")
+    again = launch(
+        demo.recipe, f"output_dir={demo.runs}", "tracking.project=other", "name=renamed", "--check"
+    )
     assert again.code == 0, again.err
-    assert [line.split()[:2] for line in again.out.splitlines()[1:4]] == [[stage, "reused"] for stage in STAGES[:3]]
+    assert [line.split()[:2] for line in again.out.splitlines()[1:4]] == [
+        [stage, "reused"] for stage in STAGES[:3]
+    ]
 
 
 def test_changing_the_evaluation_runs_the_evaluation_only(demo: Demo, launch: Launch) -> None:
@@ -143,7 +160,9 @@ def test_one_changed_weight_of_the_base_reuses_nothing(
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-3
     model.save_pretrained(changed)
-    plan = launch(demo.recipe, f"output_dir={demo.runs}", f"model.name_or_path={changed}", "--check")
+    plan = launch(
+        demo.recipe, f"output_dir={demo.runs}", f"model.name_or_path={changed}", "--check"
+    )
     assert plan.code == 0, plan.err
     assert "reused" not in plan.out
 
@@ -206,7 +225,9 @@ def test_a_training_killed_midway_ends_with_the_same_adapter(
     assert launch(demo.recipe, *arguments, f"output_dir={whole}").code == 0
 
     command = [sys.executable, "train/run.py", str(demo.recipe), *arguments, f"output_dir={killed}"]
-    victim = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    victim = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 240
     while not list(killed.glob(".store/train/*/work/checkpoints/checkpoint-16/trainer_state.json")):
         assert victim.poll() is None, "the run ended before it could be killed"
@@ -219,12 +240,17 @@ def test_a_training_killed_midway_ends_with_the_same_adapter(
     resumed = launch(demo.recipe, *arguments, f"output_dir={killed}")
     assert resumed.code == 0, resumed.err
     assert "going on from checkpoint-" in resumed.err
-    one, other = (load_file(runs / "patient" / "train" / "adapter" / "adapter_model.safetensors") for runs in (whole, killed))
+    one, other = (
+        load_file(runs / "patient" / "train" / "adapter" / "adapter_model.safetensors")
+        for runs in (whole, killed)
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_full_training_heals_too_and_keeps_the_direction_out(demo: Demo, launch: Launch, tmp_path: Path) -> None:
+def test_full_training_heals_too_and_keeps_the_direction_out(
+    demo: Demo, launch: Launch, tmp_path: Path
+) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(demo.runs / ".store" / "abliteration", runs / ".store" / "abliteration")
     arguments = ("train.adapter=null", "train.trainer.learning_rate=5e-4", "tracking.mode=disabled")
@@ -242,7 +268,11 @@ def test_loss_mixes_of_trl_run_and_start_at_zero_reward(
 ) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(demo.runs / ".store" / "abliteration", runs / ".store" / "abliteration")
-    arguments = (f"train.trainer.loss_type={loss}", "train.trainer.loss_weights=[1.0, 0.5]", "tracking.mode=disabled")
+    arguments = (
+        f"train.trainer.loss_type={loss}",
+        "train.trainer.loss_weights=[1.0, 0.5]",
+        "tracking.mode=disabled",
+    )
     done = launch(demo.recipe, *SHORT, *arguments, "--until", "train", f"output_dir={runs}")
     assert done.code == 0, done.err
     log = (runs / "patient" / "train" / "log.jsonl").read_text().splitlines()

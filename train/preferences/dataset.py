@@ -38,7 +38,7 @@ def inputs(source: PreferenceDataset, excluded: frozenset[str]) -> dict[str, obj
     }
 
 
-def prompts_used(source: PreferenceDataset) -> list[str]:  # noqa: ARG001  # overlaps are dropped pair by pair
+def prompts_used(source: PreferenceDataset) -> list[str]:  # overlaps are dropped pair by pair
     """No prompt that may not overlap: `filter_pairs` drops the pairs that share an item with a benchmark."""
     return []
 
@@ -106,7 +106,9 @@ def _role_and_content(message: object) -> Turn:
         role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
         if role in ("system", "user", "assistant") and isinstance(content, str):
             return str(role), content
-    raise ValueError(f"a message is {str(message)[:80]!r}, not {{role: system|user|assistant, content: text}}")
+    raise ValueError(
+        f"a message is {str(message)[:80]!r}, not {{role: system|user|assistant, content: text}}"
+    )
 
 
 def _split(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], list[Turn], list[Turn]]:
@@ -114,7 +116,13 @@ def _split(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], list[T
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
     if common == len(chosen) == len(rejected):
-        common -= 1  # identical conversations: the last answer is kept, and the filter drops the pair
-    if common in (len(chosen), len(rejected)) or chosen[common][0] != "assistant" or rejected[common][0] != "assistant":
+        common -= (
+            1  # identical conversations: the last answer is kept, and the filter drops the pair
+        )
+    if (
+        common in (len(chosen), len(rejected))
+        or chosen[common][0] != "assistant"
+        or rejected[common][0] != "assistant"
+    ):
         raise ValueError("chosen and rejected do not differ in an answer to the same prompt")
     return chosen[:common], chosen[common:], rejected[common:]

@@ -40,7 +40,9 @@ class Pair:
         }
 
 
-def filter_pairs(pairs: Iterable[Pair], excluded: frozenset[str]) -> tuple[list[Pair], dict[str, int]]:
+def filter_pairs(
+    pairs: Iterable[Pair], excluded: frozenset[str]
+) -> tuple[list[Pair], dict[str, int]]:
     """Keep the pairs that teach something and nothing that must not be taught.
 
     A refusal in `chosen` would teach the model to refuse again; one in `rejected` alone is kept, since it pushes
@@ -64,7 +66,9 @@ def filter_pairs(pairs: Iterable[Pair], excluded: frozenset[str]) -> tuple[list[
     return kept, dict(counts)
 
 
-def _reason_to_drop(pair: Pair, excluded: frozenset[str], seen: set[tuple[object, ...]]) -> str | None:
+def _reason_to_drop(
+    pair: Pair, excluded: frozenset[str], seen: set[tuple[object, ...]]
+) -> str | None:
     if not pair.chosen.strip():
         return "chosen is empty"
     if pair.chosen.strip() == pair.rejected.strip():
@@ -83,4 +87,9 @@ def _reason_to_drop(pair: Pair, excluded: frozenset[str], seen: set[tuple[object
 def describe_counts(counts: dict[str, int]) -> str:
     """Counts in words, the kept ones first."""
     others: Sequence[str] = sorted(reason for reason in counts if reason != "kept")
-    return ", ".join([f"{counts.get('kept', 0)} kept", *(f"{counts[reason]} dropped: {reason}" for reason in others)])
+    return ", ".join(
+        [
+            f"{counts.get('kept', 0)} kept",
+            *(f"{counts[reason]} dropped: {reason}" for reason in others),
+        ]
+    )

@@ -19,7 +19,9 @@ def check(source: OnPolicy, key: str) -> list[str]:
     return check_prompts(source.prompts, f"{key}.prompts")
 
 
-def inputs(source: OnPolicy, excluded: frozenset[str]) -> dict[str, object]:  # noqa: ARG001  # overlap is an error here
+def inputs(
+    source: OnPolicy, excluded: frozenset[str]
+) -> dict[str, object]:  # overlap is an error here
     """What the pairs depend on besides the two models."""
     return {
         **source.model_dump(mode="json", exclude={"prompts", "batch_size"}),

@@ -1,0 +1,96 @@
+"""The last stage: a folder to publish, made of what the others left, once every gate has passed."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import wandb
+
+from common import artifacts, distributed
+from common.edits import load_edit
+from common.errors import GateError
+from common.model import resolve, weight_files
+from common.recipe import Recipe
+from eval.release import folder as release_folder
+from eval.release.card import model_card
+from eval.results import missed
+from eval.subjects import load_healed
+
+VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+def check(recipe: Recipe) -> list[str]:
+    """What would stop this stage, found without loading a weight."""
+    base = resolve(recipe.model.name_or_path, recipe.model.revision)
+    has_template = (base / "chat_template.jinja").is_file() or (
+        base / "tokenizer_config.json"
+    ).is_file()
+    return [] if has_template else [f"model: {base} has no tokenizer files to release; add them"]
+
+
+def inputs(recipe: Recipe) -> dict[str, object]:
+    """What the result depends on besides the earlier stages: the card's own settings, and the recipe it ships."""
+    return {
+        "settings": recipe.release.model_dump(mode="json"),
+        "recipe": artifacts.hash_text(release_folder.portable_recipe(recipe)),
+    }
+
+
+def disk_bytes(recipe: Recipe) -> int:
+    """The room that the release takes: the full weights."""
+    base = resolve(recipe.model.name_or_path, recipe.model.revision)
+    return sum(file.stat().st_size for file in weight_files(base))
+
+
+def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wandb.Run) -> None:
+    """Write the release.
+
+    Args:
+        recipe: the resolved recipe.
+        folder: of this stage.
+        upstream: folders of the finished stages `abliteration`, `train` and `eval`.
+        tracker: this stage's wandb run.
+
+    Raises:
+        GateError: if the evaluation missed a gate.
+        StageError: if the release would hold a path of this machine.
+    """
+    results = json.loads((upstream["eval"] / "results.json").read_text(encoding="utf-8"))
+    if not results["accept"]["passed"]:
+        raise GateError("\n".join(missed(results)))
+    if distributed.is_main():
+        _write(recipe, folder, upstream)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        num_bytes = sum(file.stat().st_size for file in files)
+        tracker.summary.update({"files": len(files), "bytes": num_bytes})
+        logger.info("release: %d files, %.1f MiB", len(files), num_bytes / 2**20)
+    distributed.barrier()
+
+
+def _write(recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
+    base = resolve(recipe.model.name_or_path, recipe.model.revision)
+    edit_path = upstream["abliteration"] / "edit.safetensors"
+    adapter = upstream["train"] / "adapter"
+    edit = load_edit(edit_path)
+
+    release_folder.empty(folder)
+    release_folder.write_model(load_healed(recipe, upstream), base, folder)
+    if adapter.is_dir():
+        release_folder.write_adapter(adapter, folder / "adapter")
+    release_folder.write_direction(edit, folder)
+    shutil.copyfile(edit_path, folder / "edit.safetensors")
+    shutil.copyfile(upstream["eval"] / "results.json", folder / "results.json")
+    artifacts.write_text(folder / "recipe.yaml", release_folder.portable_recipe(recipe))
+
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    healing = json.loads((upstream["train"] / "summary.json").read_text(encoding="utf-8"))
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    artifacts.write_text(folder / "README.md", model_card(recipe, edit, results, healing, files))
+    release_folder.require_portable(
+        folder, [Path.cwd(), Path.home(), *(path.resolve() for path in upstream.values())]
+    )
+    release_folder.write_checksums(folder)

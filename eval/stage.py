@@ -1,0 +1,224 @@
+"""Stage three: the same items put to the original, the abliterated and the healed model, and what that shows."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+from transformers import PreTrainedModel
+
+from common import artifacts, distributed
+from common.artifacts import Stopwatch
+from common.edits import load_edit
+from common.model import load_tokenizer
+from common.recipe import Recipe
+from common.tracking import table
+from eval import results as results_file
+from eval import table as results_table
+from eval.benchmarks import Loaded, Subject, component
+from eval.items import MODELS, Item, ModelName
+from eval.results import Limits, Settings
+from eval.subjects import Writes, load_subject, residual, writes_along
+
+VERSION = 1
+# What can change a number; the versions go into results.json, not into the fingerprint.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "lm_eval",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "scipy",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def check(recipe: Recipe) -> list[str]:
+    """What would stop this stage, found without loading a weight."""
+    problems = [
+        problem
+        for spec in recipe.eval.benchmarks
+        for problem in component(spec.name).check(spec, recipe)
+    ]
+    if problems:
+        return problems
+    known = [
+        name for spec in recipe.eval.benchmarks if spec.name == "lm_eval" for name in _names(spec)
+    ]
+    repeated = [name for name, count in Counter(known).items() if count > 1]
+    problems += [f'eval.benchmarks: "{name}" is measured twice; delete one' for name in repeated]
+    return problems + list(_gate_problems(recipe, known))
+
+
+def inputs(recipe: Recipe) -> dict[str, object]:
+    """What the result depends on besides the models: the settings, and the items' content instead of paths."""
+    return {
+        "settings": recipe.eval.model_dump(mode="json", exclude={"benchmarks"}),
+        "benchmarks": [
+            [spec.name, component(spec.name).inputs(spec)] for spec in recipe.eval.benchmarks
+        ],
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+    }
+
+
+def items(recipe: Recipe) -> list[str]:
+    """The wording of every item that is measured: no stage before this one may have seen any of them.
+
+    Raises:
+        InputError: if a data set cannot be had.
+    """
+    by_row = [component(spec.name).texts(spec) for spec in recipe.eval.benchmarks]
+    return list(dict.fromkeys(text for texts in by_row for row in texts.values() for text in row))
+
+
+def run(
+    recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wandb.Run
+) -> dict[str, Any]:
+    """Evaluate the three models.
+
+    Writes items.jsonl (what each model did on each item) and results.json (what that shows).
+
+    Args:
+        recipe: the resolved recipe.
+        folder: of this stage.
+        upstream: folders of the finished stages `abliteration` and `train`.
+        tracker: this stage's wandb run.
+
+    Returns:
+        What is in results.json. Missed gates are in its `accept`; raising the error is left to the
+        caller.
+    """
+    tokenizer = load_tokenizer(recipe.model.name_or_path, revision=recipe.model.revision)
+    benchmarks = [
+        loaded
+        for spec in recipe.eval.benchmarks
+        for loaded in component(spec.name).load(spec, tokenizer, batch_size=recipe.eval.batch_size)
+    ]
+    measured, written = _measure(recipe, upstream, benchmarks)
+    results = results_file.build(
+        _settings(recipe, upstream),
+        [loaded.row for loaded in benchmarks],
+        measured,
+        residual(*written),
+    )
+    if distributed.is_main():
+        artifacts.write_jsonl(folder / "items.jsonl", [item.record() for item in measured])
+        artifacts.write_json(folder / "results.json", results)
+        _track(tracker, results, measured)
+    distributed.barrier()
+    return results
+
+
+def _measure(
+    recipe: Recipe, upstream: Mapping[str, Path], benchmarks: Sequence[Loaded]
+) -> tuple[list[Item], tuple[Writes, Writes, Writes]]:
+    """Put all benchmarks to the models in turn; the original stays beside the one under test, a third never."""
+    edit = load_edit(upstream["abliteration"] / "edit.safetensors")
+    original = load_subject("original", recipe, upstream)
+
+    def measure(name: ModelName) -> tuple[list[Item], Writes]:
+        model: PreTrainedModel = (
+            original if name == "original" else load_subject(name, recipe, upstream)
+        )
+        found = [
+            item for loaded in benchmarks for item in _score(loaded, Subject(name, model, original))
+        ]
+        return found, writes_along(model, edit)
+
+    by_model = [measure(name) for name in MODELS]
+    everything = [item for found, _ in by_model for item in found]
+    return everything, (by_model[0][1], by_model[1][1], by_model[2][1])
+
+
+def _score(loaded: Loaded, subject: Subject) -> list[Item]:
+    watch = Stopwatch()
+    scored = loaded.score(subject)
+    if scored and distributed.is_main():
+        mean = sum(item.value for item in scored) / len(scored)
+        logger.info(
+            "eval: %s, %s: %.4f over %d items, %.1f s",
+            loaded.row.name,
+            subject.name,
+            mean,
+            len(scored),
+            watch.seconds,
+        )
+    return scored
+
+
+def _settings(recipe: Recipe, upstream: Mapping[str, Path]) -> Settings:
+    return Settings(
+        recipe=recipe.name,
+        margin=recipe.eval.margin,
+        seed=recipe.seed,
+        accept={path: Limits(limit.min, limit.max) for path, limit in recipe.eval.accept.items()},
+        provenance={
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "seed": recipe.seed,
+            "fingerprints": {name: fingerprint for name, fingerprint in _fingerprints(upstream)},
+        },
+    )
+
+
+def _fingerprints(upstream: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    for name in sorted(upstream):
+        manifest = upstream[name] / artifacts.MANIFEST
+        if manifest.is_file():
+            yield name, json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
+
+
+def _names(spec: Any) -> list[str]:  # noqa: ANN401  # each benchmark has a spec of its own
+    return component(spec.name).names(spec)
+
+
+def _gate_problems(recipe: Recipe, benchmarks: Sequence[str]) -> Iterator[str]:
+    """Gates on benchmarks that are not measured; their form and the other rows are checked with the recipe."""
+    for gate in recipe.eval.accept:
+        kind, _, rest = gate.partition("[")
+        name = rest.rpartition("]")[0]
+        if kind == "benchmarks" and name not in benchmarks:
+            yield f'eval.accept.{gate}: "{name}" is not measured; known: {", ".join(benchmarks) or "none"}'
+
+
+def _track(tracker: wandb.Run, results: Mapping[str, Any], measured: Sequence[Item]) -> None:
+    """Numbers only: answers can hold what should not leave the machine."""
+    tracker.summary.update(dict(_flat(results)))
+    for block in results_table.blocks(results):
+        tracker.log({f"comparison/{block.name}": table(block.heads, block.cells)})
+    columns = ["kind", "name", "id", *MODELS, "flip"]
+    tracker.log({"items": table(columns, list(_flips(measured)))})
+
+
+def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of results.json under names like `benchmarks/addition/healed/value`."""
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            for row in value:
+                if isinstance(row, Mapping):
+                    yield from _flat(row, f"{prefix}{key}/{row['name']}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", float(value)
+
+
+def _flips(measured: Sequence[Item]) -> Iterator[list[Any]]:
+    """One row per item: its values under the three models, and what changed between original and healed."""
+    by_item: dict[tuple[str, str, str | int], dict[str, float]] = {}
+    for item in measured:
+        by_item.setdefault((item.kind, item.name, item.id), {})[item.model] = item.value
+    for (kind, name, number), values in by_item.items():
+        before, after = values.get("original"), values["healed"]
+        flip = "" if before is None or before == after else "up" if after > before else "down"
+        yield [kind, name, str(number), *(values.get(model) for model in MODELS), flip]

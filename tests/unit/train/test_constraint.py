@@ -1,0 +1,221 @@
+"""Healing that is held to the ablation adds nothing along the removed direction, whatever the steps.
+
+Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_constraint.py
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from abliteration.edits.orthogonalize import build
+from common.architecture import find_writers
+from common.edits import apply_to_weights, component_along
+from common.errors import StageError
+from train.adapter import build_adapter
+from train.constraint import KeepAblated, full_projections, lora_projections
+
+DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+FAMILIES = ["llama", "gemma3_text", "olmo2"]
+# float32 weights of size 0.3: what rounding alone leaves, with room for the sum over 32 rows.
+ROUNDING = 1e-6
+
+
+@pytest.fixture
+def abliterated(build_model):
+    """Make an edited model in float32, with its edit."""
+
+    def make(family, **changes):
+        model = build_model(family, dtype=torch.float32, **changes)
+        edit = build(DIRECTION, find_writers(model), 1.0, {})
+        apply_to_weights(model, edit)
+        return model, edit
+
+    return make
+
+
+def _train(model, projections, steps=6):
+    """Adam steps with weight decay on random batches; the callback acts after each, as in the trainer."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.1)
+    callback = KeepAblated(projections)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        ids = torch.randint(3, 280, (2, 8), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        callback.on_optimizer_step(None, None, None)
+        optimizer.zero_grad()
+
+
+def _added_along(healed, before, edit):
+    """The largest |u^T (W_healed - W_abliterated)| and the largest change at all, over writers and biases."""
+    originals = {writer.name: writer for writer in find_writers(before)}
+    along, change = [], []
+    for writer in find_writers(healed):
+        if writer.name not in edit.removals:
+            continue
+        vector, original = edit.vector_of(writer.name), originals[writer.name]
+        difference = writer.weight.detach().double() - original.weight.detach().double()
+        along.append(component_along(difference, vector, writer.layout).abs().max())
+        change.append(difference.abs().max())
+        if writer.bias is not None:
+            difference = (writer.bias - original.bias).detach().double()
+            along.append((difference @ vector).abs())
+    return float(max(along)), float(min(change))
+
+
+def _heal_with_adapter(model, edit, hold, **settings):
+    peft_model = get_peft_model(
+        copy.deepcopy(model), build_adapter({"r": 4, "lora_alpha": 8, **settings})
+    )
+    _train(peft_model, lora_projections(peft_model, edit) if hold else [])
+    return peft_model.merge_and_unload()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_adds_nothing_along_the_direction(family, abliterated):
+    model, edit = abliterated(family)
+    targets = ["embed_tokens", "o_proj", "down_proj", "q_proj", "gate_proj"]
+    healed = _heal_with_adapter(model, edit, True, target_modules=targets)
+    along, change = _added_along(healed, model, edit)
+    assert along < ROUNDING
+    assert change > 1e-2, "nothing was healed"
+    free = _heal_with_adapter(model, edit, False, target_modules=targets)
+    assert _added_along(free, model, edit)[0] > 1e-2
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+def test_full_training_adds_nothing_along_the_direction(family, abliterated):
+    model, edit = abliterated(family)
+    held, free = copy.deepcopy(model), copy.deepcopy(model)
+    _train(held, full_projections(held, edit))
+    _train(free, [])
+    along, change = _added_along(held, model, edit)
+    assert along < ROUNDING
+    assert change > 1e-2, "nothing was healed"
+    assert _added_along(free, model, edit)[0] > 1e-2
+
+
+def test_every_adapted_writer_gets_a_projection(abliterated):
+    model, edit = abliterated("llama")
+    peft_model = get_peft_model(model, build_adapter({"r": 4}))
+    assert len(lora_projections(peft_model, edit)) == 6
+    assert "model.embed_tokens" in edit.removals
+
+
+def test_an_adapter_with_biases_and_rank_stabilized_scaling_is_held_too(abliterated):
+    # peft merges a bias of the adapter only into one that is there.
+    model, edit = abliterated("llama", attention_bias=True, mlp_bias=True)
+    settings = {"lora_bias": True, "use_rslora": True, "target_modules": ["o_proj", "down_proj"]}
+    healed = _heal_with_adapter(model, edit, True, **settings)
+    assert _added_along(healed, model, edit)[0] < ROUNDING
+    bias = healed.model.layers[1].mlp.down_proj.bias - model.model.layers[1].mlp.down_proj.bias
+    assert bias.abs().max() > 1e-3
+    free = _heal_with_adapter(model, edit, False, **settings)
+    assert _added_along(free, model, edit)[0] > 1e-2
+
+
+def test_biases_of_writers_are_held_in_full_training(abliterated):
+    model, edit = abliterated("llama", attention_bias=True, mlp_bias=True)
+    held, free = copy.deepcopy(model), copy.deepcopy(model)
+    _train(held, full_projections(held, edit))
+    _train(free, [])
+    bias = model.model.layers[1].mlp.down_proj.bias
+    moved = held.model.layers[1].mlp.down_proj.bias - bias
+    assert moved.abs().max() > 1e-3
+    assert abs(float(moved.detach().double() @ edit.direction)) < ROUNDING
+    loose = free.model.layers[1].mlp.down_proj.bias - bias
+    assert abs(float(loose.detach().double() @ edit.direction)) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_the_norms_behind_writers_stay_as_they_were(family, abliterated):
+    model, edit = abliterated(family)
+    healed = copy.deepcopy(model)
+    _train(healed, full_projections(healed, edit))
+    for before, after in zip(find_writers(model)[1:], find_writers(healed)[1:], strict=True):
+        assert torch.equal(before.post_norm_gain, after.post_norm_gain)
+    # Other norms are trained.
+    assert not torch.equal(model.model.norm.weight, healed.model.norm.weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_of_a_healed_model_has_no_component_along_the_direction(
+    family, abliterated, read_stream
+):
+    model, edit = abliterated(family)
+    ids = torch.tensor([[0, 40, 41, 99, 120, 7, 200]])
+    healed = _heal_with_adapter(model, edit, True)
+    for stream in read_stream(healed, ids):
+        reach = (stream.double() @ edit.direction).abs().max() / stream.double().norm(dim=-1).max()
+        assert reach < 1e-5
+
+
+def test_a_half_edit_keeps_the_half_it_left(abliterated, build_model):
+    model = build_model("llama", dtype=torch.float32)
+    edit = build(DIRECTION, find_writers(model), 0.5, {})
+    apply_to_weights(model, edit)
+    healed = copy.deepcopy(model)
+    _train(healed, full_projections(healed, edit))
+    assert _added_along(healed, model, edit)[0] < ROUNDING
+    weight = healed.model.layers[0].mlp.down_proj.weight
+    assert component_along(weight, edit.direction, "linear").abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "module", ["embed_tokens", "o_proj", "self_attn", "mlp", "post_attention_layernorm"]
+)
+def test_a_whole_module_that_could_bring_the_direction_back_is_refused(module, abliterated):
+    model, edit = abliterated("olmo2")
+    # What is trained whole must not be targeted as well.
+    targets = ["gate_proj"] if module == "self_attn" else ["q_proj"]
+    config = LoraConfig(target_modules=targets, modules_to_save=[module], task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    with pytest.raises(StageError, match=rf"the adapter trains .*{module}"):
+        lora_projections(peft_model, edit)
+
+
+def test_whole_modules_that_write_nowhere_are_allowed(abliterated):
+    model, edit = abliterated("llama")
+    config = LoraConfig(
+        target_modules=["o_proj"],
+        modules_to_save=["q_proj", "input_layernorm"],
+        task_type="CAUSAL_LM",
+    )
+    assert len(lora_projections(get_peft_model(model, config), edit)) == 3
+
+
+def test_trained_embedding_rows_are_refused(abliterated):
+    model, edit = abliterated("llama")
+    config = LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices=[5, 6], task_type="CAUSAL_LM"
+    )
+    with pytest.raises(StageError, match="embed_tokens"):
+        lora_projections(get_peft_model(model, config), edit)
+
+
+def test_dora_on_a_writer_is_refused(abliterated):
+    model, edit = abliterated("llama")
+    config = LoraConfig(target_modules=["o_proj"], use_dora=True, task_type="CAUSAL_LM")
+    with pytest.raises(StageError, match=r"DoRA .*train\.adapter\.use_dora to false"):
+        lora_projections(get_peft_model(model, config), edit)
+
+
+def test_dora_elsewhere_is_allowed(abliterated):
+    model, edit = abliterated("llama")
+    config = LoraConfig(target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    assert lora_projections(get_peft_model(model, config), edit) == []
+
+
+@pytest.mark.parametrize(
+    "parameters", [["mlp.experts.down_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]]
+)
+def test_an_adapter_on_experts_is_refused(parameters, abliterated):
+    model, edit = abliterated("mixtral")
+    config = LoraConfig(
+        target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+    with pytest.raises(StageError, match=r"mlp\.experts"):
+        lora_projections(get_peft_model(model, config), edit)

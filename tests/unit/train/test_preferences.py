@@ -1,0 +1,271 @@
+"""Preference pairs of every usual format come out in one form, and pairs that teach harm are dropped.
+
+Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_preferences.py
+"""
+
+import json
+
+import pytest
+
+from common.errors import InputError
+from common.overlap import normalize
+from common.recipe import Columns, OnPolicy, PreferenceDataset, PromptSource
+from train.preferences import dataset, on_policy
+from train.preferences.filters import Pair, describe_counts, filter_pairs
+
+
+def _user(text):
+    return {"role": "user", "content": text}
+
+
+def _assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load rows written as JSONL."""
+
+    def load_rows(*rows, **settings):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return dataset.load(PreferenceDataset(name="dataset", path=str(path), **settings))
+
+    return load_rows
+
+
+ONE_TURN = {
+    "texts": {"prompt": "q", "chosen": "good", "rejected": "bad"},
+    "messages": {
+        "prompt": [_user("q")],
+        "chosen": [_assistant("good")],
+        "rejected": [_assistant("bad")],
+    },
+    "text prompt, message answers": {
+        "prompt": "q",
+        "chosen": [_assistant("good")],
+        "rejected": [_assistant("bad")],
+    },
+    "whole conversations": {
+        "chosen": [_user("q"), _assistant("good")],
+        "rejected": [_user("q"), _assistant("bad")],
+    },
+    "whole conversations beside a text prompt": {
+        "source": "argilla/x",
+        "prompt": "q",
+        "chosen": [_user("q"), _assistant("good")],
+        "rejected": [_user("q"), _assistant("bad")],
+        "question": "q",
+    },
+    "whole conversations beside an empty prompt": {
+        "prompt": None,
+        "chosen": [_user("q"), _assistant("good")],
+        "rejected": [_user("q"), _assistant("bad")],
+    },
+    "sharegpt": {
+        "chosen": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good"}],
+        "rejected": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "bad"}],
+    },
+}
+
+
+@pytest.mark.parametrize("form", ONE_TURN)
+def test_every_format_gives_the_same_pair(form, load):
+    (pair,) = load(ONE_TURN[form])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "q"),), "good", "bad")
+    assert pair.question == "q"
+    assert pair.as_row() == {
+        "prompt": [_user("q")],
+        "chosen": [_assistant("good")],
+        "rejected": [_assistant("bad")],
+    }
+
+
+def test_the_rows_of_orpo_dpo_mix_are_read(load):
+    # Its columns: source, chosen and rejected as conversations, prompt and question as texts.
+    toxic = {
+        "source": "toxic-dpo-v0.2",
+        "chosen": [_user("How?"), _assistant("Like this.")],
+        "rejected": [_user("How?"), _assistant("I'm sorry, I can't help with that.")],
+        "prompt": "How?",
+        "question": "How?",
+    }
+    multi_turn = {
+        "source": "Argilla/Capybara-Preferences",
+        "chosen": [_user("a"), _assistant("b"), _user("c"), _assistant("good")],
+        "rejected": [_user("a"), _assistant("b"), _user("c"), _assistant("bad")],
+        "prompt": "a",
+        "question": None,
+    }
+    first, second = load(toxic, multi_turn)
+    assert first.prompt == (("user", "How?"),)
+    assert second.prompt == (("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert (second.chosen, second.rejected) == ("good", "bad")
+
+
+def test_a_system_turn_stays_in_the_prompt(load):
+    system = {"role": "system", "content": "s"}
+    whole = {
+        "chosen": [system, _user("q"), _assistant("good")],
+        "rejected": [system, _user("q"), _assistant("bad")],
+    }
+    apart = {"prompt": [system, _user("q")], "chosen": "good", "rejected": "bad"}
+    for pair in load(whole, apart):
+        assert pair.prompt == (("system", "s"), ("user", "q"))
+
+
+def test_conversations_are_compared_at_the_first_answer_that_differs(load):
+    row = {
+        "chosen": [_user("a"), _assistant("good"), _user("thanks"), _assistant("x")],
+        "rejected": [_user("a"), _assistant("bad"), _user("no"), _assistant("y")],
+    }
+    (pair,) = load(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "a"),), "good", "bad")
+
+
+def test_columns_can_have_other_names(load):
+    columns = Columns(prompt="instruction", chosen="winner", rejected="loser")
+    (pair,) = load({"instruction": "q", "winner": "good", "loser": "bad"}, columns=columns)
+    assert (pair.question, pair.chosen, pair.rejected) == ("q", "good", "bad")
+
+
+def test_a_prompt_column_of_null_is_not_read(load):
+    row = {**ONE_TURN["whole conversations"], "prompt": 3}
+    (pair,) = load(row, columns=Columns(prompt=None))
+    assert pair.question == "q"
+
+
+def test_a_slice_takes_rows(load):
+    rows = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(4)]
+    assert [pair.question for pair in load(*rows, slice="1:3")] == ["q1", "q2"]
+
+
+GOOD = ONE_TURN["texts"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "a"}, r"no column 'rejected' \(found: prompt, chosen\)"),
+        ({"prompt": "q"}, r"no column 'chosen' and 'rejected'"),
+        ({"chosen": "a", "rejected": "b"}, r"there is no user turn before the answers"),
+        ({"prompt": [_assistant("x")], "chosen": "a", "rejected": "b"}, r"no user turn before"),
+        ({"prompt": "q", "chosen": 3, "rejected": "b"}, r"an answer is int, not text or a list"),
+        ({"prompt": "q", "chosen": [], "rejected": "b"}, r"an answer is list, not text or a list"),
+        (
+            {"prompt": "q", "chosen": ["a"], "rejected": "b"},
+            r"a message is 'a', not \{role: system\|user\|assistant, content: text\}",
+        ),
+        (
+            {"chosen": [_user("a"), _assistant("x")], "rejected": [_user("b"), _assistant("y")]},
+            r"do not differ in an answer to the same prompt",
+        ),
+        (
+            {"chosen": [_user("a"), _assistant("x"), _user("b")], "rejected": [_user("a")]},
+            r"do not differ in an answer to the same prompt",
+        ),
+        # One whole conversation and one bare answer: the user's words are no answer.
+        (
+            {"prompt": "q", "chosen": [_user("q"), _assistant("x")], "rejected": "y"},
+            r"do not differ in an answer to the same prompt",
+        ),
+        (
+            {"prompt": "q", "chosen": "x", "rejected": [_user("q"), _assistant("y")]},
+            r"do not differ in an answer to the same prompt",
+        ),
+    ],
+)
+def test_a_row_without_a_pair_is_named_by_its_number(row, message, load):
+    with pytest.raises(InputError, match=r"pairs\.jsonl, row 2: .*" + message):
+        load(GOOD, row)
+
+
+def test_identical_conversations_are_left_to_the_filter(load):
+    same = [_user("q"), _assistant("a")]
+    kept, counts = filter_pairs(load({"chosen": same, "rejected": same}), frozenset())
+    assert kept == []
+    assert counts == {"chosen equals rejected": 1}
+
+
+def test_a_file_without_rows_is_refused(load):
+    with pytest.raises(InputError, match="holds no preference pairs"):
+        load()
+
+
+def test_the_check_tells_what_loading_would_raise(tmp_path):
+    source = PreferenceDataset(name="dataset", path=str(tmp_path / "none.jsonl"))
+    problems = dataset.check(source, "train.preferences[0]")
+    assert len(problems) == 1
+    assert problems[0].startswith("train.preferences[0]: ")
+    assert "does not exist" in problems[0]
+
+
+def _pair(question="q", chosen="good", rejected="bad"):
+    return Pair((("user", question),), chosen, rejected, "here")
+
+
+def test_the_filters_drop_what_must_not_be_taught_and_count_it():
+    pairs = [
+        _pair(),
+        _pair(),
+        _pair(rejected="I'm sorry, but I can't help with that."),
+        _pair(chosen="I'm sorry, but I can't help with that."),
+        _pair(chosen="  "),
+        _pair(rejected=" good "),
+        _pair(question="What is 2 + 2?"),
+        _pair(question="what is  2 + 2"),
+    ]
+    kept, counts = filter_pairs(pairs, frozenset({normalize("What is 2 + 2?")}))
+    assert kept == [pairs[0], pairs[2]]
+    assert counts == {
+        "kept": 2,
+        "duplicate": 1,
+        "chosen refuses": 1,
+        "chosen is empty": 1,
+        "chosen equals rejected": 1,
+        "in a benchmark": 2,
+    }
+    assert sum(counts.values()) == len(pairs)
+
+
+def test_counts_are_told_in_words():
+    counts = {"duplicate": 1, "kept": 2, "chosen refuses": 3}
+    assert describe_counts(counts) == "2 kept, 3 dropped: chosen refuses, 1 dropped: duplicate"
+    assert describe_counts({"duplicate": 4}) == "0 kept, 4 dropped: duplicate"
+
+
+def test_what_the_pairs_depend_on_changes_with_content_and_met_benchmarks_only(tmp_path):
+    def inputs(name, rows, excluded=()):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = PreferenceDataset(name="dataset", path=str(path))
+        return dataset.inputs(source, frozenset(excluded))
+
+    base = inputs("a.jsonl", [GOOD])
+    assert inputs("b.jsonl", [GOOD]) == base
+    assert inputs("b.jsonl", [{**GOOD, "rejected": "worse"}]) != base
+    assert inputs("a.jsonl", [GOOD], ["another item"]) == base
+    assert inputs("a.jsonl", [GOOD], ["q"]) != base
+    json.dumps(base)
+
+
+def test_pairs_of_the_two_models_join_their_answers_in_order():
+    pairs = on_policy.pair(["p", "q"], ["a", "b"], ["c", "d"])
+    assert [(p.question, p.chosen, p.rejected) for p in pairs] == [("p", "a", "c"), ("q", "b", "d")]
+    with pytest.raises(ValueError, match="zip"):
+        on_policy.pair(["p", "q"], ["a", "b"], ["c"])
+
+
+def test_on_policy_inputs_hold_the_prompts_content_and_no_path(tmp_path):
+    def inputs(name, text, **changes):
+        path = tmp_path / name
+        path.write_text(text)
+        source = OnPolicy(name="on_policy", prompts=PromptSource(path=str(path)), **changes)
+        return on_policy.inputs(source, frozenset())
+
+    base = inputs("a.txt", "p\nq\n")
+    assert inputs("b.txt", "p\nq\n") == base
+    assert inputs("b.txt", "p\nq\n", batch_size=3) == base
+    assert inputs("b.txt", "p\nr\n") != base
+    assert inputs("a.txt", "p\nq\n", temperature=0.5) != base
+    assert str(tmp_path) not in json.dumps(base)

@@ -1,0 +1,270 @@
+"""The trainer begins at its reference, adds the anchors' mean whatever the batches, and goes on exactly.
+
+Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_trainer.py
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import DPOConfig
+
+from abliteration.edits.orthogonalize import build
+from common.architecture import find_writers
+from common.edits import apply_to_weights, component_along
+from common.errors import StageError
+from common.recipe import Anchor, PromptSource
+from train.adapter import build_adapter
+from train.anchors import AnchorBatches, anchor_loss, teach
+from train.constraint import KeepAblated, full_projections, lora_projections
+from train.trainer import HealingTrainer, WeightedAnchor
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # trl's and torch's own
+
+DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+ADAPTER = {"r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def model(build_model):
+    return build_model("llama", seed=0, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Eleven pairs of different lengths."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"question {n}" + " x" * (n % 4)}],
+                "chosen": [{"role": "assistant", "content": "good" + " yes" * (n % 3)}],
+                "rejected": [{"role": "assistant", "content": "bad" + " no" * (n % 5)}],
+            }
+            for n in range(11)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(build_model, tokenizer):
+    """What another model answers, so that the divergence is not zero."""
+    teacher = build_model("llama", seed=9, dtype=torch.float32)
+    anchor = Anchor(to="original", prompts=PromptSource(path="p.txt"), max_new_tokens=5, top_k=20)
+    prompts = ["a", "the other one", "how is it", "why not", "x y z"]
+    rows = teach(teacher, tokenizer, prompts, anchor, batch_size=5)
+    # Unequal lengths, so that a mean of means would not be the mean over tokens.
+    short = rows[0]
+    rows[0] = type(short)(short.prompt, short.answer[:2], short.top_ids[:2], short.top_logps[:2])
+    return rows
+
+
+@pytest.fixture
+def make_trainer(model, tokenizer, pairs, tmp_path):
+    """Make a trainer on a copy of the model."""
+
+    def make(*, adapter=ADAPTER, anchors=(), policy=None, ref_model=None, num_pairs=8, **settings):
+        arguments = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "linear",
+            "logging_steps": 1,
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "activation_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "save_strategy": "no",
+            "precompute_ref_log_probs": ref_model is None,
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+        torch.manual_seed(0)  # the adapter's initial values
+        return HealingTrainer(
+            model=copy.deepcopy(policy if policy is not None else model),
+            ref_model=ref_model,
+            args=DPOConfig(**{**arguments, **settings}),
+            train_dataset=pairs.select(range(num_pairs)),
+            processing_class=tokenizer,
+            peft_config=build_adapter(adapter) if adapter is not None else None,
+            anchors=anchors,
+        )
+
+    return make
+
+
+def _steps(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _anchors(rows, weight=1.0, batch_size=5):
+    return [WeightedAnchor("original", AnchorBatches(rows, batch_size, 0), weight)]
+
+
+def _mean_divergence(model, rows):
+    """The plain mean over all answer tokens of a batch of anchor rows."""
+    with torch.no_grad():
+        total = sum(float(anchor_loss(model, [row], 2, torch.device("cpu"))) for row in rows)
+    return total / sum(len(row.answer) for row in rows)
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
+@pytest.mark.parametrize("precompute", [True, False])
+def test_training_begins_at_the_reference(adapter, precompute, make_trainer, model_folder, model):
+    policy = copy.deepcopy(model)
+    # Without an adapter trl loads the reference from where the model says it came from.
+    policy.config._name_or_path = str(model_folder)
+    trainer = make_trainer(adapter=adapter, policy=policy, precompute_ref_log_probs=precompute)
+    trainer.train()
+    first, second = _steps(trainer)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert first["rewards/rejected"] == pytest.approx(0, abs=1e-4)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(second["rewards/margins"]) > 1e-3, "the second step is not at the reference any more"
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
+def test_a_reference_that_is_another_model_is_refused(adapter, make_trainer, build_model):
+    other = build_model("llama", seed=5, dtype=torch.float32)
+    trainer = make_trainer(adapter=adapter, ref_model=other)
+    with pytest.raises(
+        StageError, match=r"before the first update the rewards are .* instead of 0"
+    ):
+        trainer.train()
+
+
+def test_the_abliterated_model_against_the_original_as_reference_is_refused(make_trainer, model):
+    edited = copy.deepcopy(model)
+    apply_to_weights(edited, build(DIRECTION, find_writers(edited), 1.0, {}))
+    trainer = make_trainer(adapter=None, policy=edited, ref_model=copy.deepcopy(model))
+    with pytest.raises(StageError, match="the reference is not the abliterated model"):
+        trainer.train()
+
+
+def test_an_anchor_adds_its_weighted_mean_divergence_to_the_loss(make_trainer, model, rows):
+    trainer = make_trainer(anchors=_anchors(rows, weight=0.7))
+    trainer.train()
+    first = _steps(trainer)[0]
+    expected = _mean_divergence(model, rows)
+    assert expected > 0.1
+    assert first["anchors/original"] == pytest.approx(expected, abs=1e-5)
+    assert first["loss"] == pytest.approx(math.log(2) + 0.7 * expected, abs=1e-4)
+
+
+def test_two_anchors_are_both_in_the_loss(make_trainer, model, rows):
+    two = [
+        WeightedAnchor("original", AnchorBatches(rows, 5, 0), 1.0),
+        WeightedAnchor("abliterated", AnchorBatches(rows[:2], 2, 0), 2.0),
+    ]
+    trainer = make_trainer(anchors=two)
+    trainer.train()
+    first = _steps(trainer)[0]
+    one, other = _mean_divergence(model, rows), _mean_divergence(model, rows[:2])
+    assert first["anchors/abliterated"] == pytest.approx(other, abs=1e-5)
+    assert first["loss"] == pytest.approx(math.log(2) + one + 2 * other, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_accumulation_does_not_change_the_anchor(size, make_trainer, rows):
+    logs = []
+    for per_device, accumulation in ((1, 8), (2, 4), (8, 1)):
+        trainer = make_trainer(
+            anchors=_anchors(rows, batch_size=size),
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        logs.append(_steps(trainer))
+    for key in ("loss", "anchors/original"):
+        assert logs[1][0][key] == pytest.approx(logs[0][0][key], abs=1e-6)
+        assert logs[2][0][key] == pytest.approx(logs[0][0][key], abs=1e-6)
+        # The second step follows from the first one's gradients.
+        assert logs[1][1][key] == pytest.approx(logs[0][1][key], rel=1e-3)
+        assert logs[2][1][key] == pytest.approx(logs[0][1][key], rel=1e-3)
+
+
+def test_a_last_step_with_fewer_forward_passes_has_the_whole_anchor(make_trainer, model, rows):
+    # Eleven pairs, two a pass, four passes a step: the second step has two passes, of two pairs and of one.
+    trainer = make_trainer(
+        anchors=_anchors(rows),
+        num_pairs=11,
+        max_steps=-1,
+        num_train_epochs=1,
+        learning_rate=1e-9,
+        gradient_accumulation_steps=4,
+    )
+    trainer.train()
+    steps = _steps(trainer)
+    assert len(steps) == 2
+    expected = _mean_divergence(model, rows)
+    for entry in steps:
+        assert entry["anchors/original"] == pytest.approx(expected, rel=1e-4)
+        assert entry["loss"] == pytest.approx(math.log(2) + expected, abs=1e-3)
+
+
+def test_the_anchor_pulls_the_model_to_its_teacher(make_trainer, model, rows):
+    pulled = make_trainer(anchors=_anchors(rows, weight=5.0), adapter=None, max_steps=15)
+    pulled.train()
+    assert _mean_divergence(pulled.model, rows) < 0.7 * _mean_divergence(model, rows)
+
+
+def _weights(trainer):
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(
+    adapter, make_trainer, rows, tmp_path
+):
+    settings = {"adapter": adapter, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+
+    def make(folder):
+        trainer = make_trainer(
+            anchors=_anchors(rows, batch_size=3), output_dir=str(tmp_path / folder), **settings
+        )
+        if adapter is None:
+            edit = build(DIRECTION, find_writers(trainer.model), 1.0, {})
+            trainer.add_callback(KeepAblated(full_projections(trainer.model, edit)))
+        return trainer
+
+    whole = make("whole")
+    whole.train()
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    final, other = _weights(whole), _weights(resumed)
+    assert final.keys() == other.keys()
+    for name in final:
+        assert torch.equal(final[name], other[name]), name
+    assert [entry["loss"] for entry in _steps(resumed)][-3:] == [e["loss"] for e in _steps(whole)][
+        -3:
+    ]
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
+def test_the_constraint_holds_through_real_training(adapter, make_trainer, model, rows):
+    edited = copy.deepcopy(model)
+    edit = build(DIRECTION, find_writers(edited), 1.0, {})
+    apply_to_weights(edited, edit)
+    trainer = make_trainer(adapter=adapter, policy=edited, anchors=_anchors(rows), max_steps=4)
+    held = lora_projections if adapter is not None else full_projections
+    trainer.add_callback(KeepAblated(held(trainer.model, edit)))
+    trainer.train()
+    healed = trainer.model.merge_and_unload() if adapter is not None else trainer.model
+    for writer, before in zip(find_writers(healed), find_writers(edited), strict=True):
+        change = writer.weight.detach().double() - before.weight.detach().double()
+        vector = edit.vector_of(writer.name)
+        # Rounding of float32 weights, as in test_constraint.
+        assert component_along(change, vector, writer.layout).abs().max() < 1e-6
+    moved = (
+        healed.model.layers[0].mlp.down_proj.weight - edited.model.layers[0].mlp.down_proj.weight
+    )
+    assert moved.abs().max() > 1e-4
