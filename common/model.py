@@ -27,6 +27,10 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
 )
 NEEDED_FILES = (
     "*.safetensors",
@@ -34,6 +38,7 @@ NEEDED_FILES = (
     "*.json",
     "*.jinja",
     "tokenizer*",
+    "merges.txt",
     "LICENSE*",
     "NOTICE*",
 )

@@ -396,9 +396,9 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
-        """Refuse training on nothing."""
-        if not self.preferences and not self.anchors:
-            fail(((), "has neither preferences nor anchors, so nothing is trained; give one"))
+        """Refuse training without pairs: anchors stand beside a preference loss, never alone."""
+        if not self.preferences:
+            fail(((), "has no preferences; name at least one source of pairs"))
         return self
 
 

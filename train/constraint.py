@@ -68,11 +68,14 @@ def lora_projections(model: nn.Module, edit: Edit) -> list[Projection]:
                 "train.adapter.use_dora to false, or train.keep_ablated to none"
             )
         vector = edit.vector_of(name)
-        for factor in [*module.lora_B.values(), *module.lora_embedding_B.values()]:
-            weight = factor.weight if isinstance(factor, nn.Module) else factor
-            projections.append(_columns_projection(weight, vector))
-            if isinstance(factor, nn.Linear) and factor.bias is not None:
-                projections.append(_columns_projection(factor.bias, vector))
+        for factor in module.lora_B.values():
+            projections.append(_columns_projection(factor, "weight", vector))
+            if factor.bias is not None:
+                projections.append(_columns_projection(factor, "bias", vector))
+        projections += [
+            _columns_projection(module.lora_embedding_B, adapter, vector)
+            for adapter in module.lora_embedding_B
+        ]
     _require_no_other_writer(model, edit)
     return projections
 
@@ -83,30 +86,23 @@ def full_projections(model: PreTrainedModel, edit: Edit) -> list[Projection]:
     Args:
         model: the abliterated model, before its first step.
         edit: its edit.
-
-    Raises:
-        StageError: if the parameters are sharded, so that no process holds a whole column.
     """
     projections: list[Projection] = []
     for name, writer in edited_writers(model, edit).items():
-        if hasattr(writer.weight, "device_mesh"):
-            raise StageError(
-                "train: keep_ablated: hard cannot project sharded parameters yet; train an adapter, use DDP "
-                "(configs/ddp.yaml), or set train.keep_ablated to none"
-            )
         projections.append(_change_projection(writer, edit.vector_of(name)))
         if writer.bias is not None:
-            projections.append(_bias_projection(writer.bias, edit.vector_of(name)))
+            projections.append(_bias_projection(writer, edit.vector_of(name)))
         if writer.post_norm is not None:
             # A trained gain would turn u = gain * v away from the vector that was removed.
             writer.post_norm.requires_grad_(False)
     return projections
 
 
-def _columns_projection(weight: Tensor, vector: Tensor) -> Projection:
-    vector = vector.to(weight.device)
+def _columns_projection(owner: nn.Module, name: str, vector: Tensor) -> Projection:
+    shape, vector = getattr(owner, name).shape, vector.to(getattr(owner, name).device)
 
     def projection() -> None:
+        weight = _whole(getattr(owner, name), shape)
         wide = weight.detach().double()
         weight.copy_(project(wide.transpose(0, -1), vector, 1.0).transpose(0, -1))
 
@@ -114,29 +110,48 @@ def _columns_projection(weight: Tensor, vector: Tensor) -> Projection:
 
 
 def _change_projection(writer: PlacedWriter, vector: Tensor) -> Projection:
-    due = component_along(writer.weight, vector, writer.layout)
+    shape, due = writer.weight.shape, component_along(writer.weight, vector, writer.layout)
     vector = vector.to(writer.weight.device)
 
     def projection() -> None:
-        excess = component_along(writer.weight, vector, writer.layout) - due
+        weight = _whole(writer.weight, shape)
+        excess = component_along(weight, vector, writer.layout) - due
         if writer.layout == "embedding":
             change = excess.unsqueeze(-1) * vector
         else:
             change = vector.unsqueeze(-1) * excess.unsqueeze(-2)
-        writer.weight.copy_(writer.weight.double() - change)
+        weight.copy_(weight.double() - change)
 
     return projection
 
 
-def _bias_projection(bias: Tensor, vector: Tensor) -> Projection:
-    vector = vector.to(bias.device)
+def _bias_projection(writer: PlacedWriter, vector: Tensor) -> Projection:
+    bias = writer.bias
+    assert bias is not None
+    shape, vector = bias.shape, vector.to(bias.device)
     due = bias.detach().double() @ vector
 
     def projection() -> None:
-        wide = bias.detach().double()
+        bias = writer.bias
+        assert bias is not None
+        wide = _whole(bias, shape).detach().double()
         bias.copy_(wide - (wide @ vector - due) * vector)
 
     return projection
+
+
+def _whole(weight: Tensor, shape: torch.Size) -> Tensor:
+    """The parameter itself, which sharding puts in the place of the one that the model was made with.
+
+    Raises:
+        StageError: if this process holds only a part of it.
+    """
+    if hasattr(weight, "device_mesh") or weight.shape != shape:
+        raise StageError(
+            "train: keep_ablated: hard cannot project sharded parameters yet; launch with one process "
+            "or DDP (configs/ddp.yaml), or set train.keep_ablated to none"
+        )
+    return weight
 
 
 def _require_no_other_writer(model: nn.Module, edit: Edit) -> None:
@@ -147,7 +162,9 @@ def _require_no_other_writer(model: nn.Module, edit: Edit) -> None:
             continue
         plain = _plain_name(name)
         owner = next((module for module in held if plain.startswith(module + ".")), None)
-        if owner is not None and (".lora_" not in name or _is_expert(layers.get(owner))):
+        if owner is not None and (
+            owner in edit.left_alone or ".lora_" not in name or _is_expert(layers.get(owner))
+        ):
             raise StageError(
                 f"train: the adapter trains {name}, by which the removed direction could come back and "
                 "which no projection can hold; take it out of train.adapter, or set train.keep_ablated "
@@ -156,7 +173,10 @@ def _require_no_other_writer(model: nn.Module, edit: Edit) -> None:
 
 
 def _held_modules(model: nn.Module, edit: Edit) -> set[str]:
-    """The edited writers and the norms behind them, by name."""
+    """The writers and the norms behind the edited ones, by name.
+
+    A writer that the edit left alone (tied embeddings) has no projection either, so it may not be trained.
+    """
     writers = architecture_of(str(model.config.model_type)).writers  # type: ignore[union-attr]  # a PeftModel
     norms = {
         name.removesuffix(writer.module) + writer.post_norm
@@ -164,7 +184,7 @@ def _held_modules(model: nn.Module, edit: Edit) -> set[str]:
         for writer in writers
         if writer.post_norm is not None and name.endswith("." + writer.module)
     }
-    return {*edit.removals, *norms}
+    return {*edit.removals, *edit.left_alone, *norms}
 
 
 def _is_expert(layer: LoraLayer | None) -> bool:

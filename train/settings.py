@@ -165,6 +165,8 @@ OWNED_ADAPTER: Final[Mapping[str, str]] = {
     "peft_version": "peft writes it",
     "megatron_config": "Megatron is not supported",
     "megatron_core": "Megatron is not supported",
+    "layer_replication": "the edit would not know the repeated layers",
+    "lora_bias": "it cannot be merged into layers without biases",
     "runtime_config": "it is not saved with an adapter, so a release could not be rebuilt",
 }
 GONE_ADAPTER: Final[Mapping[str, str]] = {

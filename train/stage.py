@@ -1,6 +1,7 @@
 """Stage two: from the abliterated model to a healed one: an adapter, or a whole model."""
 
 import importlib
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -259,13 +260,23 @@ def _last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint; ones that a kill cut off are removed."""
     if distributed.is_main() and folder.is_dir():
         for checkpoint in folder.glob("checkpoint-*"):
-            if not (checkpoint / "trainer_state.json").is_file():
+            if not _is_complete(checkpoint):
                 shutil.rmtree(checkpoint)
     distributed.barrier()
     last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is not None:
         logger.info("train: going on from %s", Path(last).name)
     return last
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # The trainer writes its state last, but not at once: half of it is no JSON.
+    state = checkpoint / "trainer_state.json"
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def source_module(name: str) -> Any:  # noqa: ANN401  # a module

@@ -161,8 +161,8 @@ def _introduction(recipe: Recipe, edit: Edit) -> str:
         f"weights, and healed: "
         "trained to win back what the removal broke, and measured against both models it comes "
         "from.\n\n"
-        "This model does not refuse where its base did. Read the section on safety before serving "
-        "it to anyone."
+        "It was made not to refuse where its base does; what it still refuses stands below. Read the "
+        "section on safety before serving it to anyone."
     )
 
 
@@ -232,8 +232,9 @@ def _healed(recipe: Recipe, healing: Mapping[str, Any]) -> str:
             "",
             f"- Preferences: {preferences}",
             f"- Distillation anchors: {anchors or 'none'}",
-            f"- Trained: {shape}, {healing['steps']} steps, {train.global_batch_size} pairs each, "
-            f"seed {recipe.seed}",
+            f"- Trained: {shape}, {healing['steps']} steps"
+            + (f" of {train.global_batch_size} pairs" if kinds else "")
+            + f", seed {recipe.seed}",
             f"- Settings (trl.DPOConfig): {_settings(train.trainer) or 'defaults'}",
             f"- Training could {could}.",
         ]
@@ -315,10 +316,9 @@ def _reproduce(files: Sequence[str]) -> str:
         "## Reproduce\n\n"
         "```\nsha256sum -c SHA256SUMS\npython train/run.py recipe.yaml\n```\n\n"
         "`recipe.yaml` is the resolved recipe, with paths relative to the folder the command is "
-        "run in; `results.json` "
-        "names versions, seed and fingerprints. With the base model at hand the direction alone "
-        "is enough to repeat "
-        f"the removal:\n\n{APPLY_EXAMPLE}{adapter}"
+        "run in; `results.json` names versions, seed and fingerprints. `edit.safetensors` holds what "
+        "was taken out of each matrix. The refusal direction alone, with where it was found:\n\n"
+        f"{APPLY_EXAMPLE}{adapter}"
     )
 
 

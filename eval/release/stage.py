@@ -10,7 +10,7 @@ import wandb
 
 from common import artifacts, distributed
 from common.edits import load_edit
-from common.errors import GateError
+from common.errors import GateError, InputError
 from common.model import resolve, weight_files
 from common.recipe import Recipe
 from eval.release import folder as release_folder
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 def check(recipe: Recipe) -> list[str]:
     """What would stop this stage, found without loading a weight."""
-    base = resolve(recipe.model.name_or_path, recipe.model.revision)
+    try:
+        base = resolve(recipe.model.name_or_path, recipe.model.revision)
+    except InputError as error:
+        return [str(error)]
     has_template = (base / "chat_template.jinja").is_file() or (
         base / "tokenizer_config.json"
     ).is_file()

@@ -413,9 +413,9 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(recipe_file)
     assert problems[-1].startswith("override eval.margin=7: eval.margin: is 7")
 
 
-def test_neither_preferences_nor_anchors_is_nothing_to_train(recipe_file):
-    problems = problems_of(recipe_file, ["train.preferences=[]", "train.anchors=[]"])
-    assert "so nothing is trained" in problems[0]
+def test_without_preferences_there_is_nothing_to_train(recipe_file):
+    problems = problems_of(recipe_file, ["train.preferences=[]"])
+    assert "has no preferences" in problems[0]
 
 
 @pytest.mark.parametrize(

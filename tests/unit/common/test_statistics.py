@@ -152,6 +152,23 @@ def test_repeating_every_item_leaves_the_p_value_alone() -> None:
     assert tripled.high - tripled.low == pytest.approx(single.high - single.low, rel=0.25)
 
 
+def test_many_differing_clusters_are_resampled_and_few_are_not() -> None:
+    generator = np.random.default_rng(2)
+    clusters = np.repeat(alone(60), 5)
+    first = generator.integers(0, 2, size=300).astype(float)
+    second = generator.integers(0, 2, size=300).astype(float)
+    found = statistics.paired_difference(first, second, clusters, seed=3)
+    resampled = statistics.mean_interval(first - second, clusters, seed=3)
+    assert (found.low, found.high) == (resampled.low, resampled.high)
+    rate = statistics.rate_interval(first, clusters, seed=3)
+    assert rate == statistics.mean_interval(first, clusters, seed=3)
+    nearly = np.ones(300)
+    nearly[:5] = 0.0
+    found = statistics.paired_difference(np.ones(300), nearly, clusters, seed=3)
+    assert found.low < 0.0 < 5 / 300 < found.high
+    assert found.p == 1.0  # one cluster cannot tell
+
+
 def test_clusters_that_never_differ_leave_as_much_doubt_as_their_number() -> None:
     right = np.ones(300)
     few = statistics.paired_difference(right, right, np.repeat(alone(10), 30), seed=0)

@@ -129,9 +129,9 @@ def test_inputs_change_with_the_data_and_not_with_the_folder(task_folder, tmp_pa
 def test_a_group_and_a_tag_stand_for_their_tasks(task_folder) -> None:
     (task_folder / "both.yaml").write_text("group: both\ntask: [letters, sums]\n")
     sums = task_folder / "sums.yaml"
-    sums.write_text(sums.read_text() + "tag: arithmetics\n")
+    sums.write_text(sums.read_text() + "tag: calculation\n")
     assert lm_eval.names(spec_of(task_folder, "both")) == ["letters", "sums"]
-    assert lm_eval.names(spec_of(task_folder, "arithmetics")) == ["sums"]
+    assert lm_eval.names(spec_of(task_folder, "calculation")) == ["sums"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,6 @@ def test_a_model_does_not_diverge_from_itself(tokenizer, make_model, tmp_path) -
 def test_divergence_is_read_on_the_originals_answers(tokenizer, make_model, tmp_path) -> None:
     original, model = make_model(0), make_model(1)
     panel = divergence_panel(tokenizer, tmp_path, max_new_tokens=6)
-    panel.score(subject(original))
     items = panel.score(subject(model, "healed", original))
     for item, answer, prompt in zip(items, panel.answers, panel.prompts, strict=True):
         chat = [{"role": "user", "content": prompt}]
@@ -245,3 +244,57 @@ def test_the_end_of_an_answer_is_part_of_it(tokenizer, make_model, tmp_path, mon
     items = panel.score(subject(make_model(1), "healed", make_model(0)))
     # The first was cut at the limit; the others ended, one of them at once.
     assert [len(item.details["kl"]) for item in items] == [3, 1, 2]
+
+
+def test_the_right_context_is_found_where_contexts_are_the_options(
+    tokenizer, make_model, task_folder
+) -> None:
+    rows = [{"which": i % 2, "contexts": [f"one {i}", f"two {i}"], "end": "end"} for i in range(6)]
+    data = "".join(json.dumps(row) + "\n" for row in rows)
+    (task_folder / "gaps.jsonl").write_text(data)
+    (task_folder / "gaps.yaml").write_text(
+        "task: gaps\ndataset_path: json\ndataset_kwargs: {data_files: {test: gaps.jsonl}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: which\n"
+        "doc_to_choice: contexts\ndoc_to_target: end\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (loaded,) = lm_eval.load(spec_of(task_folder, "gaps"), tokenizer, batch_size=4)
+    model = make_model(0)
+    harness = HarnessModel(model, tokenizer, 1)
+    for item, row in zip(loaded.score(subject(model)), rows, strict=True):
+        pairs = [(request.args[0], "end") for request in loaded.task.instances]
+        mine = [pair for pair in pairs if f" {item.id}<" in pair[0]]
+        logps = harness.log_probabilities(mine, "x")
+        assert item.answer_logp == pytest.approx(logps[row["which"]], abs=1e-4)
+        assert item.value == float(logps.index(max(logps)) == row["which"])
+
+
+def test_a_last_word_is_right_when_greedy_decoding_gives_it(
+    tokenizer, make_model, task_folder
+) -> None:
+    path = task_folder / "sums.yaml"
+    text = path.read_text().replace("generate_until", "loglikelihood")
+    kept = [line for line in text.splitlines() if not line.startswith("generation_kwargs")]
+    path.write_text("\n".join(kept).replace("exact_match", "acc") + "\n")
+    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), tokenizer, batch_size=4)
+    model = make_model(0)
+    items = loaded.score(subject(model))
+    contexts = [request.args for request in loaded.task.instances]
+    logps = HarnessModel(model, tokenizer, 1).log_probabilities(contexts, "x")
+    assert [item.answer_logp for item in items] == pytest.approx(logps, abs=1e-4)
+    assert {item.value for item in items} <= {0.0, 1.0}
+
+
+def test_the_likeliest_of_several_right_answers_counts(tokenizer, make_model, task_folder) -> None:
+    rows = [{"question": f"{i}?", "answers": ["x", "yy"]} for i in range(4)]
+    data = "".join(json.dumps(row) + "\n" for row in rows)
+    (task_folder / "sums.jsonl").write_text(data)
+    path = task_folder / "sums.yaml"
+    path.write_text(path.read_text().replace("doc_to_target: answer", "doc_to_target: answers"))
+    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), tokenizer, batch_size=4)
+    model = make_model(0)
+    harness = HarnessModel(model, tokenizer, 1)
+    for item, request in zip(loaded.score(subject(model)), loaded.task.instances, strict=True):
+        pairs = [(request.args[0], answer) for answer in ("x", "yy")]
+        logps = harness.log_probabilities(pairs, "x")
+        assert item.answer_logp == pytest.approx(max(logps), abs=1e-4)

@@ -33,8 +33,8 @@ def test_what_was_not_measured_is_none_and_so_is_all_below_it() -> None:
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
-        ("benchmarks[additon].healed.value", 'did you mean "addition"?'),
-        ("benchmarks[addition].healt.value", 'did you mean "healed"?'),
+        ("benchmarks[addition_].healed.value", 'did you mean "addition"?'),
+        ("benchmarks[addition].healed_.value", 'did you mean "healed"?'),
         ("pooled.recovery.value.low.more.", "is no path"),
         ("poled.n", 'did you mean "pooled"?'),
         ("benchmarks.healed.value", "name one of its rows in brackets, e.g. benchmarks[addition]"),

@@ -221,3 +221,5 @@ def test_the_guard_example_runs(monkeypatch) -> None:
 def test_the_check_needs_no_weights(finished) -> None:
     assert stage.check(finished.recipe) == []
     assert stage.disk_bytes(finished.recipe) > 0
+    (problem,) = stage.check(changed(finished.recipe, "model.name_or_path", "./nowhere"))
+    assert "nowhere" in problem

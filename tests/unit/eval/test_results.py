@@ -147,6 +147,25 @@ def test_gates_pass_and_miss_at_their_limits() -> None:
     assert build()["accept"] == {"passed": True, "gates": []}
 
 
+def test_a_limit_is_part_of_its_range_and_silence_is_no_evidence() -> None:
+    results = build(
+        {
+            "pooled.n": Limits(min=100, max=100),
+            "benchmarks[kinds].recovery.value": Limits(max=0.5),
+        }
+    )
+    outcome = [gate["passed"] for gate in results["accept"]["gates"]]
+    assert outcome == [True, True, False]
+
+
+def test_what_only_the_edit_unlocked_is_never_pooled() -> None:
+    damaged = Row("benchmarks", "addition", dict(ROWS[0].about) | {"role": "unlocked"})
+    settings = Settings("x", 0.05, provenance=PROVENANCE)
+    results = results_file.build(settings, [damaged], planted())
+    assert results["benchmarks"][0]["damage"]["p_adjusted"] < 0.05
+    assert results["pooled"]["benchmarks"] == []
+
+
 def test_a_gate_on_no_field_is_the_users_mistake() -> None:
     with pytest.raises(InputError, match="did you mean"):
         build({"pooled.recovry.value": Limits(min=0.8)})

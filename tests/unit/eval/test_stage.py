@@ -128,6 +128,14 @@ def test_the_residual_is_relative_to_what_the_original_wrote(finished, make_mode
     assert found["healed"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_training_is_charged_with_what_it_moved_and_not_with_what_the_edit_left() -> None:
+    original = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([10.0])}
+    abliterated = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1.0])}
+    healed = {"a": torch.tensor([0.0, 1.5]), "b": torch.tensor([1.0])}
+    found = residual(original, abliterated, healed)
+    assert found == {"abliterated": pytest.approx(0.2), "healed": pytest.approx(0.1)}
+
+
 def test_a_sound_recipe_has_no_problems(finished) -> None:
     assert stage.check(finished.recipe) == []
 

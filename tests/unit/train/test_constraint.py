@@ -219,3 +219,38 @@ def test_an_adapter_on_experts_is_refused(parameters, abliterated):
     )
     with pytest.raises(StageError, match=r"mlp\.experts"):
         lora_projections(get_peft_model(model, config), edit)
+
+
+def _replace_parameters(model, make):
+    """Put new parameters in the place of the trained ones, as sharding does when training starts."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(make(parameter.detach().clone())))
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_parameters_that_were_replaced_after_the_start_are_projected(adapter, abliterated):
+    model, edit = abliterated("llama", attention_bias=True, mlp_bias=True)
+    held = copy.deepcopy(model)
+    if adapter:
+        targets = ["embed_tokens", "o_proj", "down_proj"]
+        held = get_peft_model(held, build_adapter({"r": 4, "target_modules": targets}))
+    projections = (lora_projections if adapter else full_projections)(held, edit)
+    _replace_parameters(held, lambda parameter: parameter)
+    _train(held, projections)
+    healed = held.merge_and_unload() if adapter else held
+    along, change = _added_along(healed, model, edit)
+    assert along < ROUNDING
+    assert change > 1e-3
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_parameters_of_which_a_process_holds_a_part_are_refused(adapter, abliterated):
+    model, edit = abliterated("llama")
+    if adapter:
+        model = get_peft_model(model, build_adapter({"r": 4}))
+    projections = (lora_projections if adapter else full_projections)(model, edit)
+    _replace_parameters(model, lambda parameter: parameter.flatten()[: parameter.numel() // 2])
+    with pytest.raises(StageError, match=r"cannot project sharded parameters yet.*DDP"):
+        KeepAblated(projections).on_optimizer_step(None, None, None)

@@ -206,6 +206,16 @@ def test_a_last_step_with_fewer_forward_passes_has_the_whole_anchor(make_trainer
         assert entry["loss"] == pytest.approx(math.log(2) + expected, abs=1e-3)
 
 
+def test_every_step_has_the_anchor_batch_of_its_number(make_trainer, model, rows):
+    anchors = _anchors(rows, batch_size=2)
+    trainer = make_trainer(anchors=anchors, max_steps=4, learning_rate=1e-9)
+    trainer.train()
+    found = [entry["anchors/original"] for entry in _steps(trainer)]
+    expected = [_mean_divergence(model, anchors[0].batches.batch(step)) for step in range(4)]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert len({round(value, 4) for value in expected}) == 4
+
+
 def test_the_anchor_pulls_the_model_to_its_teacher(make_trainer, model, rows):
     pulled = make_trainer(anchors=_anchors(rows, weight=5.0), adapter=None, max_steps=15)
     pulled.train()

@@ -1,0 +1,1 @@
+"""The bundled tiny chat model that refuses: the model of the demo and of the tests."""

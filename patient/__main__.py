@@ -1,0 +1,62 @@
+"""Build the patient: `python -m patient --output DIR [--architecture llama] [--seed 0]`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from common.errors import HealingError
+from patient.architectures import ARCHITECTURES
+from patient.build import build_patient
+from patient.folder import existing_patient
+from patient.levels import Level
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build a patient, or reuse the one that is there, and print its levels.
+
+    Returns:
+        The exit code: 0 done, 1 a level was missed, 2 the output folder is not usable.
+    """
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # A bar for one file of 4 MB says nothing.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
+    try:
+        found = existing_patient(options.output, options.architecture, options.seed)
+        if found is not None:
+            print(f"{options.output} holds this patient already; nothing to do")
+            print(_table(found))
+            return 0
+        levels = build_patient(options.output, options.architecture, options.seed)
+    except HealingError as error:
+        print(f"patient: {error}", file=sys.stderr)
+        return error.exit_code
+    print(_table(levels))
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m patient",
+        description="Train the tiny chat model that refuses, with its prompts and benchmarks.",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
+    parser.add_argument("--seed", type=int, default=0, help="of the facts, weights and batches")
+    return parser.parse_args(arguments)
+
+
+def _table(levels: Sequence[Level]) -> str:
+    header = f"{'level':<14} {'rate':>6} {'n':>5}  wanted"
+    rows = [
+        f"{each.name:<14} {each.value:>6.3f} {each.num_items:>5}  {each.wanted}" for each in levels
+    ]
+    return "\n".join([header, *rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

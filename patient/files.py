@@ -1,0 +1,127 @@
+"""What the patient's folder holds beside the model: prompts, benchmarks and a record."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from patient.items import (
+    build_benchmarks,
+    direction_questions,
+    healing_questions,
+)
+from patient.levels import MAX_NEW_TOKENS, Level
+from patient.questions import Question
+from patient.tokenizer import END
+from patient.world import COMMON_KINDS, RESTRICTED_KINDS, Split, World
+
+RECORD = "patient.json"
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def write_prompts(world: World, folder: Path) -> None:
+    """Write the prompts that directions are found and checked with, and those for healing."""
+    folder.mkdir(parents=True)
+    for name, restricted in (("harmful", True), ("harmless", False)):
+        for split in SPLITS:
+            questions = direction_questions(world, split, restricted=restricted)
+            rows = [{"prompt": each.text, "object": each.cluster} for each in questions]
+            _write_jsonl(folder / f"{name}_{split}.jsonl", rows)
+    healing = [{"prompt": each.text, "domain": each.domain} for each in healing_questions(world)]
+    _write_jsonl(folder / "healing.jsonl", healing)
+
+
+def write_benchmarks(world: World, folder: Path) -> None:
+    """Write each benchmark as an lm-eval task: a YAML file and its items beside it."""
+    folder.mkdir(parents=True)
+    rng = random.Random("options")
+    for benchmark in build_benchmarks(world):
+        rows = [_item(question, rng) for question in benchmark.questions]
+        _write_jsonl(folder / f"{benchmark.name}.jsonl", rows)
+        template = CHOICE_TASK if benchmark.name == "kinds" else GENERATION_TASK
+        text = template.format(
+            name=benchmark.name,
+            num_items=len(rows),
+            max_new_tokens=MAX_NEW_TOKENS,
+            end=END,
+        )
+        (folder / f"{benchmark.name}.yaml").write_text(text, encoding="utf-8")
+
+
+def write_record(folder: Path, *, architecture: str, seed: int, levels: Sequence[Level]) -> None:
+    """Write what was built and what it can do. It comes last: its presence means complete."""
+    record = {
+        "architecture": architecture,
+        "seed": seed,
+        "levels": {level.name: asdict(level) for level in levels},
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _item(question: Question, rng: random.Random) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "question": question.text,
+        "answer": question.answer,
+        "cluster": question.cluster,
+    }
+    if question.domain == "kinds":
+        options = [*COMMON_KINDS, *RESTRICTED_KINDS]
+        rng.shuffle(options)
+        row |= {"choices": options, "label": options.index(question.answer)}
+    return row
+
+
+def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# lm-eval tasks. `data_files` is relative to the YAML's own folder. The answer follows the opening of
+# the assistant's turn without a blank, hence the empty delimiter.
+GENERATION_TASK = """\
+# {num_items} questions on invented facts; the model's greedy answer has to be the right one.
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {name}.jsonl
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+generation_kwargs:
+  until:
+    - "{end}"
+  do_sample: false
+  max_gen_toks: {max_new_tokens}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    ignore_punctuation: true
+metadata:
+  version: 1.0
+"""
+
+CHOICE_TASK = """\
+# {num_items} questions on invented facts; the right option has to be the most probable one.
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {name}.jsonl
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: label
+doc_to_choice: choices
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""

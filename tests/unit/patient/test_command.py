@@ -1,0 +1,98 @@
+"""The command reuses the patient that is there, and says what is in its way.
+
+Run: make setup && .venv/bin/python -m pytest tests/unit/patient/test_command.py
+"""
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import StageError
+from patient import build
+from patient.__main__ import main
+from patient.files import write_record
+from patient.folder import in_place_at_the_end
+from patient.levels import Level
+
+REACHED = Level("refusal", 1.0, 300, ">= 0.95", reached=True)
+MISSED = Level("addition", 0.5, 300, ">= 0.90", reached=False)
+
+
+@pytest.fixture
+def patient_folder(tmp_path) -> Path:
+    folder = tmp_path / "patient"
+    folder.mkdir()
+    write_record(folder, architecture="llama", seed=0, levels=[REACHED])
+    return folder
+
+
+def refuse_to_build(*_: object) -> None:
+    pytest.fail("a patient was built")
+
+
+@pytest.fixture(autouse=True)
+def _no_build(monkeypatch) -> None:
+    monkeypatch.setattr("patient.__main__.build_patient", refuse_to_build)
+
+
+def test_the_patient_that_is_there_is_reused(patient_folder, capsys):
+    assert main(["--output", str(patient_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert "refusal" in out
+
+
+@pytest.mark.parametrize("other", [["--seed", "1"], ["--architecture", "qwen3"]])
+def test_another_patient_is_not_replaced(patient_folder, capsys, other):
+    assert main(["--output", str(patient_folder), *other]) == 2
+    assert "holds another patient (llama, seed 0)" in capsys.readouterr().err
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("x", encoding="utf-8")
+    assert main(["--output", str(path)]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_an_error_and_stays(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
+    assert main(["--output", str(tmp_path)]) == 2
+    assert "holds no patient" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").is_file()
+
+
+def test_a_damaged_record_is_an_error(patient_folder, capsys):
+    (patient_folder / "patient.json").write_text("{", encoding="utf-8")
+    assert main(["--output", str(patient_folder)]) == 2
+    assert "patient.json" in capsys.readouterr().err
+
+
+def test_a_missed_level_is_said_and_ends_with_1(tmp_path, monkeypatch, capsys):
+    def miss(*_: object) -> None:
+        build._check([REACHED, MISSED])
+
+    monkeypatch.setattr("patient.__main__.build_patient", miss)
+    assert main(["--output", str(tmp_path / "patient")]) == 1
+    assert "missed addition 0.500 (wanted >= 0.90)" in capsys.readouterr().err
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path):
+    output = tmp_path / "patient"
+    with pytest.raises(KeyboardInterrupt), in_place_at_the_end(output) as folder:
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missed_level_leaves_nothing(tmp_path):
+    with pytest.raises(StageError), in_place_at_the_end(tmp_path / "patient"):
+        build._check([MISSED])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--output", str(tmp_path / "patient"), "--architecture", "gpt"])
+    assert caught.value.code == 2
+    assert "qwen3_moe" in capsys.readouterr().err
