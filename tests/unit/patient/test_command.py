@@ -77,11 +77,15 @@ def test_a_missed_level_is_said_and_ends_with_1(tmp_path, monkeypatch, capsys):
     assert "missed addition 0.500 (wanted >= 0.90)" in capsys.readouterr().err
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path):
-    output = tmp_path / "patient"
-    with pytest.raises(KeyboardInterrupt), in_place_at_the_end(output) as folder:
+def interrupt(output: Path) -> None:
+    with in_place_at_the_end(output) as folder:
         (folder / "config.json").write_text("{}", encoding="utf-8")
         raise KeyboardInterrupt
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(tmp_path / "patient")
     assert list(tmp_path.iterdir()) == []
 
 
