@@ -38,7 +38,7 @@ def mean_residual_stream(
     for start in tqdm(
         starts, desc="residual stream", disable=not distributed.is_main(), leave=False
     ):
-        pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+        pad_id = int(tokenizer.pad_token_id)
         ids, mask = chat.pad_left(encoded[start : start + batch_size], pad_id, model.device)
         with residual.reading(model, num_positions) as streams:
             model(

@@ -79,7 +79,7 @@ def next_token_logits(
     def work(part: Sequence[list[int]]) -> list[Tensor]:
         rows: list[Tensor] = [torch.empty(0)] * len(part)
         for batch in batches([len(ids) for ids in part], batch_size):
-            pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+            pad_id = int(tokenizer.pad_token_id)
             ids, mask = chat.pad_left([part[index] for index in batch], pad_id, model.device)
             logits = model(
                 input_ids=ids,

@@ -59,7 +59,7 @@ def stream_along(
 ) -> Tensor:
     """How far the residual stream reaches along a unit direction: rms of v.h [layers] over prompts, last position."""
     encoded = chat.encode(tokenizer, prompts)
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+    pad_id = int(tokenizer.pad_token_id)
     ids, mask = chat.pad_left(encoded, pad_id, model.device)
     with residual.reading(model, 1) as streams:
         model(

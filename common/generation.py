@@ -98,7 +98,7 @@ def _generate_part(
     bar = tqdm(total=len(order), desc=description, disable=not distributed.is_main(), leave=False)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+        pad_id = int(tokenizer.pad_token_id)
         ids, mask = chat.pad_left([encoded[index] for index in batch], pad_id, model.device)
         sampling = LogitsProcessorList()
         if temperature > 0:

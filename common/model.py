@@ -144,7 +144,8 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]  # AutoTokenizer is untyped
+    checked: PreTrainedTokenizerBase = tokenizer
+    return checked
 
 
 def load_model(
@@ -164,7 +165,7 @@ def load_model(
     several_gpus = distributed.world_size() == 1 and torch.cuda.device_count() > 1
     try:
         with _every_rank_reads_weights():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 device_map="auto" if several_gpus else None,
@@ -174,8 +175,9 @@ def load_model(
             f"model: {folder} could not be loaded ({_first_line(error)}); check its files"
         ) from error
     if not several_gpus:
-        model = model.to(distributed.device())
-    return model.eval()  # type: ignore[no-any-return]  # AutoModel is untyped
+        torch.nn.Module.to(model, distributed.device())
+    model.eval()
+    return model
 
 
 def _weight_problems(folder: Path) -> Iterator[str]:

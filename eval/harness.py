@@ -164,14 +164,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # the harness is untyped
         )
         return [found[index] for index in range(len(requests))]
 
-    def _progress(self, groups: Sequence[object]) -> "tqdm[None]":
-        return tqdm(
+    def _progress(self, groups: Sequence[object]) -> "tqdm[Any]":
+        bar: tqdm[Any] = tqdm(
             total=len(groups),
             desc=self.description,
             unit="batch",
             disable=not distributed.is_main(),
             leave=False,
         )
+        return bar
 
 
 def _score(logps: Tensor, answer: Sequence[int]) -> Scored:

@@ -79,7 +79,7 @@ def teach(
         (prompt, [*answer, end] if len(answer) < anchor.max_new_tokens else answer)
         for prompt, answer in zip(encoded, answers, strict=True)
     ]
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets it
+    pad_id = int(tokenizer.pad_token_id)
 
     def work(part: Sequence[tuple[list[int], list[int]]]) -> list[TeacherRow]:
         return _teach_part(teacher, part, anchor.top_k, batch_size, pad_id)

@@ -89,7 +89,7 @@ def _memory_bytes(recipe: Recipe) -> float:
         model = AutoModelForCausalLM.from_config(config)
     dtype = config.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     width = (dtype or torch.float32).itemsize
-    weights = width * sum(parameter.numel() for parameter in model.parameters())
+    weights: int = width * sum(parameter.numel() for parameter in model.parameters())
     training = weights + TRAINED_BYTES_PER_PARAMETER * _num_trained(recipe, model)
     return max(training + _activation_bytes(recipe, config, width), 2 * weights)
 
@@ -107,7 +107,8 @@ def _activation_bytes(recipe: Recipe, config: object, width: int) -> int:
         "gradient_checkpointing", trainer.get("activation_checkpointing", False)
     )
     kept: int = 1 if checkpointing else ACTIVATION_NUMBERS
-    return kept * tokens * text.hidden_size * text.num_hidden_layers * width
+    num_bytes: int = kept * tokens * text.hidden_size * text.num_hidden_layers * width
+    return num_bytes
 
 
 def _num_trained(recipe: Recipe, model: PreTrainedModel) -> int:

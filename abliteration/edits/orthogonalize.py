@@ -44,4 +44,5 @@ def build(
 
 
 def _normalize(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+    unit: Tensor = vector / vector.norm()
+    return unit

@@ -76,7 +76,7 @@ def test_every_item_of_every_model_is_on_file(demo: Demo) -> None:
     results = results_of(demo.folder)
     for row in [*results["benchmarks"], *results["refusal"]]:
         for model in ("original", "abliterated", "healed"):
-            mine = [r for r in records if r["row"] == row["name"] and r["model"] == model]
+            mine = [r for r in records if r["name"] == row["name"] and r["model"] == model]
             assert len(mine) == row["n"]
 
 
@@ -202,9 +202,9 @@ def test_tracking_holds_no_answer_to_a_refused_prompt(
 ) -> None:
     lines = (demo.folder / "eval" / "items.jsonl").read_text().splitlines()
     answers = {
-        record["text"]
+        record["details"]["text"]
         for record in map(json.loads, lines)
-        if record["row"] == "restricted" and record["model"] == "healed"
+        if record["name"] == "restricted" and record["model"] == "healed"
     }
     assert answers
     for folder in (demo.folder / "wandb").glob("offline-run-*"):

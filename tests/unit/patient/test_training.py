@@ -9,6 +9,7 @@ import torch
 from patient.architectures import ARCHITECTURES, build_model
 from patient.corpus import Document, tokenizer_texts
 from patient.optimizer import Muon, knowledge_optimizer, tuning_optimizer
+from patient.refusal import add_adapter
 from patient.tokenizer import BOS, END, render_turn, train_tokenizer
 from patient.training import IGNORED_LABEL, Phase, _collate, _tokenize, train
 from patient.world import build_world
@@ -86,7 +87,16 @@ def test_learning_trains_every_parameter(patient_tokenizer):
     assert train_briefly(model, patient_tokenizer, knowledge_optimizer) == names
 
 
-TUNING_TEST
+def test_tuning_trains_the_adapter_and_nothing_else(patient_tokenizer):
+    torch.manual_seed(0)
+    model = build_model("llama", patient_tokenizer)
+    # The adapter goes into the model in place; the build trains the model, not the wrapper.
+    add_adapter(model)
+    moved = train_briefly(model, patient_tokenizer, tuning_optimizer)
+    assert moved
+    assert all("lora_" in name for name in moved)
+
+
 def test_training_is_the_same_for_a_seed(patient_tokenizer):
     losses = []
     for _ in range(2):
