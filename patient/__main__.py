@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A bar for one file of 4 MB says nothing.
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
+    transformers_logging.disable_progress_bar()
     try:
         found = existing_patient(options.output, options.architecture, options.seed)
         if found is not None:

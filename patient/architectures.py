@@ -68,5 +68,5 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTra
         pad_token_id=tokenizer.pad_token_id,
         **own,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped upstream
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

@@ -57,7 +57,8 @@ def build_patient(output: Path, architecture: str, seed: int) -> list[Level]:
         tokenizer.save_pretrained(folder)
         write_prompts(world, folder / "prompts")
         write_benchmarks(world, folder / "benchmarks")
-        write_record(folder, architecture=architecture, seed=seed, levels=levels)
+        seconds = time.monotonic() - started
+        write_record(folder, architecture=architecture, seed=seed, levels=levels, seconds=seconds)
     _log(started, f"written to {output}")
     return levels
 

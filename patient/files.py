@@ -50,11 +50,17 @@ def write_benchmarks(world: World, folder: Path) -> None:
         (folder / f"{benchmark.name}.yaml").write_text(text, encoding="utf-8")
 
 
-def write_record(folder: Path, *, architecture: str, seed: int, levels: Sequence[Level]) -> None:
-    """Write what was built and what it can do. It comes last: its presence means complete."""
+def write_record(
+    folder: Path, *, architecture: str, seed: int, levels: Sequence[Level], seconds: float
+) -> None:
+    """Write what was built, how long it took, and what it can do.
+
+    It comes last: its presence means complete.
+    """
     record = {
         "architecture": architecture,
         "seed": seed,
+        "seconds": round(seconds, 1),
         "levels": {level.name: asdict(level) for level in levels},
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -88,8 +94,8 @@ dataset_kwargs:
     test: {name}.jsonl
 output_type: generate_until
 test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
+doc_to_text: question
+doc_to_target: answer
 target_delimiter: ""
 generation_kwargs:
   until:
@@ -114,7 +120,7 @@ dataset_kwargs:
     test: {name}.jsonl
 output_type: multiple_choice
 test_split: test
-doc_to_text: "{{{{question}}}}"
+doc_to_text: question
 doc_to_target: label
 doc_to_choice: choices
 target_delimiter: ""

@@ -73,7 +73,7 @@ def train(
     bar = tqdm(range(phase.num_steps), desc=phase.name, leave=False)
     for step in bar:
         loss = _loss(model, next(batches))
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped upstream
+        loss.backward()
         optimizer.step(_scale(step, phase.num_steps))
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}")

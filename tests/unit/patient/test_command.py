@@ -22,7 +22,7 @@ MISSED = Level("addition", 0.5, 300, ">= 0.90", reached=False)
 def patient_folder(tmp_path) -> Path:
     folder = tmp_path / "patient"
     folder.mkdir()
-    write_record(folder, architecture="llama", seed=0, levels=[REACHED])
+    write_record(folder, architecture="llama", seed=0, levels=[REACHED], seconds=1.0)
     return folder
 
 
