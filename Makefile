@@ -27,7 +27,7 @@ test-slow: setup
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell abliteration common configs eval patient recipes tests train README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell abliteration common configs eval patient recipes train README.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

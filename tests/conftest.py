@@ -40,6 +40,8 @@ from transformers import (
 
 from common.architecture import find_blocks
 
+pytest_plugins = ["tests.road"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 BOS, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"

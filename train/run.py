@@ -68,7 +68,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="check recipe and inputs, print the plan, load no weights",
     )
     parser.add_argument("--until", choices=STAGES, default="release", help="stop after this stage")
-    return parser.parse_args(arguments)
+    # Intermixed: options may stand between the overrides.
+    return parser.parse_intermixed_args(arguments)
 
 
 def _load(options: argparse.Namespace) -> Recipe:

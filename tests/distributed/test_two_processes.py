@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.edits import load_edit
-from tests.end_to_end.conftest import Demo, Launch
+from tests.road import Demo, Launch
 
 pytestmark = pytest.mark.distributed
 # The same short training on both sides; the gates are the demo's business.

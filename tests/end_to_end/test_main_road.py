@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.edits import component_along, edited_writers, load_edit
 from common.model import load_model
-from tests.end_to_end.conftest import ROOT, SHORT, Demo, Launch, environment
+from tests.road import ROOT, SHORT, Demo, Launch, environment
 
 STAGES = ("abliteration", "train", "eval", "release")
 

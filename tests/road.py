@@ -1,5 +1,6 @@
 """The shipped recipe on the patient, run once through the real command, and ways to run it again."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 # Short stages for tests that ask about the machinery, not about quality.
 SHORT = (
     "train.preferences.0.prompts.slice=0:64",
@@ -92,7 +93,6 @@ def demo(launch: Launch, patient_recipe: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def read_wandb() -> Callable[[Path], list[dict[str, Any]]]:
     """Read the records of an offline wandb run with wandb's own command."""
-    import json  # noqa: PLC0415
 
     def read(file: Path) -> list[dict[str, Any]]:
         shown = subprocess.run(
