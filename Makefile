@@ -8,8 +8,6 @@ BIN := $(VENV)/bin
 # make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# Idle threads sleep: spinning, they would slow down whatever else runs on a small machine.
-export OMP_WAIT_POLICY := PASSIVE
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file configs/cpu.yaml
 
 .PHONY: demo test test-slow check format setup clean
