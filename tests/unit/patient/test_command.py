@@ -6,13 +6,19 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/patient/test_command.py
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import StageError
 from patient import build
 from patient.__main__ import main
+from patient.architectures import build_model
+from patient.corpus import tokenizer_texts
 from patient.files import write_record
 from patient.folder import in_place_at_the_end
 from patient.levels import Level
+from patient.refusal import TUNED_BLOCKS
+from patient.tokenizer import train_tokenizer
+from patient.world import build_world
 
 REACHED = Level("refusal", 1.0, 300, ">= 0.95", reached=True)
 MISSED = Level("addition", 0.5, 300, ">= 0.90", reached=False)
@@ -100,3 +106,35 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path, capsys):
         main(["--output", str(tmp_path / "patient"), "--architecture", "gpt"])
     assert caught.value.code == 2
     assert "qwen3_moe" in capsys.readouterr().err
+
+
+def test_tuning_is_tried_again_from_the_same_knowledge(monkeypatch):
+    """A first attempt that misses a level must leave nothing behind in the second."""
+    world = build_world(0)
+    tokenizer = train_tokenizer(tokenizer_texts(world))
+    torch.manual_seed(0)
+    model = build_model("llama", tokenizer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen: list[int] = []
+
+    def train_a_little(model, tokenizer, phase, *, seed):
+        tuned = [name for name, each in model.named_parameters() if each.requires_grad]
+        assert len(tuned) == 2 * len(TUNED_BLOCKS)
+        plain = dict(model.named_parameters())
+        assert torch.equal(plain["lm_head.weight"], before["lm_head.weight"])
+        writer = next(name for name in plain if "layers.1.mlp.down_proj" in name and "base" in name)
+        assert torch.equal(plain[writer], before["model.layers.1.mlp.down_proj.weight"])
+        with torch.no_grad():
+            for name in tuned:
+                plain[name].add_(1.0)
+        seen.append(seed)
+        return 0.0
+
+    monkeypatch.setattr(build, "train", train_a_little)
+    answers = iter([[MISSED], [REACHED]])
+    monkeypatch.setattr(build, "measure_levels", lambda *_: next(answers))
+    assert build._tune(model, tokenizer, world, seed=0) == [REACHED]
+    assert len(set(seen)) == 2
+    assert model.state_dict().keys() == before.keys()
+    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
+    assert changed == [f"model.layers.{block}.mlp.down_proj.weight" for block in TUNED_BLOCKS]
