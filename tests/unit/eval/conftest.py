@@ -158,7 +158,10 @@ def _recipe(base: Path, tasks: Path, prompts: Path) -> Recipe:
             "name": "mini",
             "model": {"name_or_path": str(base), "dtype": "float32"},
             "abliteration": {"prompts": {"harmful": source, "harmless": other}},
-            "train": {"anchors": [{"to": "original", "prompts": source}]},
+            "train": {
+                "preferences": [{"name": "on_policy", "prompts": source}],
+                "anchors": [{"to": "original", "prompts": source}],
+            },
             "eval": {
                 "batch_size": 4,
                 "benchmarks": [

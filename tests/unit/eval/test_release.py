@@ -161,7 +161,7 @@ def test_the_cards_metadata_is_what_the_hub_reads(release) -> None:
     assert data["base_model_relation"] == "finetune"
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "text-generation"
-    assert {"abliterated", "healed", "distillation", "lora"} == set(data["tags"])
+    assert {"abliterated", "healed", "dpo", "distillation", "lora"} == set(data["tags"])
     assert data["license"] == "other"
     front = yaml.safe_load((release / "README.md").read_text().split("---\n")[1])
     _, found = model_index_to_eval_results(front["model-index"])
