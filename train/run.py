@@ -102,11 +102,13 @@ class Step:
         name: of the stage.
         entry: its folder and fingerprint.
         run: does it, given its folder, the finished stages and a wandb run.
+        compared: how many prompts were held against how many benchmark items, for the manifest.
     """
 
     name: str
     entry: "Entry"
     run: Callable[..., None]
+    compared: Mapping[str, int]
 
 
 def _run(recipe: Recipe, options: argparse.Namespace, runs: list[Path]) -> None:
@@ -117,9 +119,9 @@ def _run(recipe: Recipe, options: argparse.Namespace, runs: list[Path]) -> None:
     if not distributed.is_main():
         logger.setLevel(logging.WARNING)
     stages = _stages()
-    excluded = _check(recipe, options, stages)
+    excluded, compared = _check(recipe, options, stages)
     store = Store(Path(recipe.output_dir))
-    steps = _plan(recipe, stages, store, excluded)[: STAGES.index(options.until) + 1]
+    steps = _plan(recipe, stages, store, excluded, compared)[: STAGES.index(options.until) + 1]
     if options.check:
         _print_plan(recipe, steps)
         return
@@ -153,11 +155,11 @@ def _stages() -> dict[str, ModuleType]:
 
 def _check(
     recipe: Recipe, options: argparse.Namespace, stages: Mapping[str, ModuleType]
-) -> frozenset[str]:
+) -> tuple[frozenset[str], dict[str, int]]:
     """Every check of every stage, and what all of them share: no prompt may be one of the benchmarks' items.
 
     Returns:
-        The normalized items of the benchmarks.
+        The normalized items of the benchmarks, and how many texts of each side were compared.
     """
     from common.overlap import normalize, shared  # noqa: PLC0415
 
@@ -165,14 +167,17 @@ def _check(
     if problems:
         raise RecipeError(placed(list(dict.fromkeys(problems)), options.recipe, options.overrides))
     items = stages["eval"].items(recipe)
+    compared = {"benchmark items": len(items)}
     for name in ("abliteration", "train"):
-        common = shared(stages[name].prompts_used(recipe), items)
+        prompts = stages[name].prompts_used(recipe)
+        common = shared(prompts, items)
+        compared |= {f"{name} prompts": len(prompts), f"{name} prompts shared": len(common)}
         if common:
             raise InputError(
                 f"{name}: {len(common)} of its prompts are items of a benchmark or panel of eval (for example "
                 f"{common[0]!r}), so the evaluation would measure what was trained on; use other prompts or items"
             )
-    return frozenset(normalize(item) for item in items)
+    return frozenset(normalize(item) for item in items), compared
 
 
 def _plan(
@@ -180,6 +185,7 @@ def _plan(
     stages: Mapping[str, ModuleType],
     store: "Store",
     excluded: frozenset[str],
+    compared: Mapping[str, int],
 ) -> list[Step]:
     from common.model import identity_files, resolve  # noqa: PLC0415
 
@@ -190,7 +196,7 @@ def _plan(
         own = stage.inputs(recipe, excluded) if name == "train" else stage.inputs(recipe)
         entry = store.entry(name, stage.VERSION, {"upstream": upstream, "seed": recipe.seed, **own})
         run = partial(stage.run, excluded=excluded) if name == "train" else stage.run
-        steps.append(Step(name, entry, run))
+        steps.append(Step(name, entry, run, compared))
         upstream = entry.fingerprint
     return steps
 
@@ -221,7 +227,11 @@ def _run_step(
             step.run(recipe, step.entry.folder, upstream, tracker)
             distributed.barrier()
             if distributed.is_main():
-                store.finish(step.entry, seconds=time.monotonic() - began, about=_about(recipe))
+                store.finish(
+                    step.entry,
+                    seconds=time.monotonic() - began,
+                    about=_about(recipe, step.compared),
+                )
                 tracker.log_artifact(artifact(recipe, step.name, step.entry.folder))
         if distributed.is_main():
             store.link(step.entry, run_folder)
@@ -229,7 +239,7 @@ def _run_step(
     logger.info("%s: done in %.0f s", step.name, time.monotonic() - began)
 
 
-def _about(recipe: Recipe) -> dict[str, object]:
+def _about(recipe: Recipe, compared: Mapping[str, int]) -> dict[str, object]:
     from importlib.metadata import version  # noqa: PLC0415
 
     from common import distributed  # noqa: PLC0415
@@ -247,7 +257,7 @@ def _about(recipe: Recipe) -> dict[str, object]:
     return {
         "seed": recipe.seed,
         "processes": distributed.world_size(),
-        "shared_with_benchmarks": 0,
+        "overlap": dict(compared),
         "versions": {library: version(library) for library in libraries},
     }
 
