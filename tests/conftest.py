@@ -23,19 +23,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    Phi3Config,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from common.architecture import find_blocks
@@ -65,28 +57,85 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.15,
 }
 SOFT_CAPPED = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
-FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "mistral": (MistralConfig, {"head_dim": 8}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 8}),
-    "phi3": (Phi3Config, {}),
-    "gemma2": (Gemma2Config, SOFT_CAPPED),
-    "gemma3_text": (Gemma3TextConfig, SOFT_CAPPED),
-    "olmo2": (Olmo2Config, {}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 3, "num_experts_per_tok": 2}),
-    # The first block is dense, so that one model holds both kinds.
-    "qwen3_moe": (
-        Qwen3MoeConfig,
-        {
-            "head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "mlp_only_layers": [0],
-        },
-    ),
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# The first block is dense, so that one model holds both kinds.
+SHARED_EXPERTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
 }
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# What a family's configuration needs beside SHAPE, by its model_type.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"head_dim": 8},
+    "smollm3": {},
+    "gemma": {"head_dim": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "phi3": {},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {},
+    "gemma2": SOFT_CAPPED,
+    "gemma3_text": SOFT_CAPPED,
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8, "mlp_only_layers": [0]},
+    "deepseek_v3": {
+        **SHARED_EXPERTS,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "glm4_moe": {**SHARED_EXPERTS, "head_dim": 8, "use_qk_norm": True},
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "gemma3": {**SOFT_CAPPED, "vision_config": VISION, "mm_tokens_per_image": 1},
+    "llava": {
+        "model_type": "llama",
+        "vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 16},
+    },
+    "qwen2_5_vl": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+    },
+}
+FINAL_NORMS = {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -142,17 +191,18 @@ def build_model(
     def build(
         family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
     ) -> PreTrainedModel:
-        config_type, own = FAMILIES[family]
-        config = config_type(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **{**SHAPE, **own, **changes},
-        )
+        special = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = _config(family, {**special, **SHAPE, **FAMILIES[family], **changes})
+        sees = hasattr(config, "vision_config")
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        if family in ("mixtral", "qwen3_moe"):
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config)
+        if any(name.endswith(".experts") for name, _ in model.named_modules()):
             # The grouped kernels do not take float64.
             model.set_experts_implementation("eager")
         with torch.no_grad():
@@ -165,6 +215,18 @@ def build_model(
         return model.to(dtype).eval()
 
     return build
+
+
+def _config(family: str, values: dict[str, Any]) -> Any:  # each family has a class of its own
+    """A configuration; of a vision-language model the values are the text part's."""
+    if "vision_config" not in values:
+        return AutoConfig.for_model(family, **values)
+    outer = {
+        name: values[name] for name in ("vision_config", "mm_tokens_per_image") if name in values
+    }
+    text = {name: value for name, value in values.items() if name not in outer}
+    outer["tie_word_embeddings"] = values["tie_word_embeddings"]
+    return AutoConfig.for_model(family, text_config=text, **outer)
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +248,10 @@ def read_stream() -> Callable[[nn.Module, Tensor], list[Tensor]]:
 
     def read(model: nn.Module, ids: Tensor) -> list[Tensor]:
         seen: list[Tensor] = []
-        modules = [*find_blocks(model), model.model.norm]
+        family = model.config.model_type
+        text = "model.language_model" if hasattr(model.config, "vision_config") else "model"
+        norm = model.get_submodule(FINAL_NORMS.get(family, f"{text}.norm"))
+        modules = [*find_blocks(model), norm]
         handles = [
             module.register_forward_pre_hook(
                 lambda _module, args, kwargs: seen.append(

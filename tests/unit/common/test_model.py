@@ -110,9 +110,32 @@ def test_a_quantized_model_is_refused(folder):
 
 
 def test_an_unmapped_architecture_is_refused(folder):
-    config = {"model_type": "gpt2", "vocab_size": 280}
+    config = {"model_type": "bloom", "vocab_size": 280}
     (folder / "config.json").write_text(json.dumps(config))
-    assert any("'gpt2' is not mapped" in problem for problem in check_model(folder))
+    assert any("'bloom' is not mapped" in problem for problem in check_model(folder))
+
+
+def test_a_recurrent_architecture_is_refused_for_what_it_is(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mamba", "vocab_size": 280}))
+    assert any("layers with a recurrent state" in problem for problem in check_model(folder))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
+def test_a_vision_language_model_comes_back_as_it_was_saved(
+    family, build_model, tokenizer, tmp_path
+):
+    model = build_model(family, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert check_model(tmp_path) == []
+    loaded = load_model(tmp_path)
+    assert type(loaded) is type(model)
+    saved, state = model.state_dict(), loaded.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    ids = torch.tensor([[0, 40, 41, 99, 120, 7]])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
