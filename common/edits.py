@@ -1,17 +1,17 @@
-"""A saved edit: unit vectors, and how strongly each is removed from which writer. What applies it.
+"""A saved edit, and what it does to weights: unit vectors, and how strongly each is removed from which writer.
 
-The edit is an artifact, not a model: a few vectors and numbers that a hook and an in-memory weight edit
-apply to the same effect. For a writer y = W x + b with unit vector u and strength s both compute
-y' = (I - s u u^T) y, which is directional ablation (Arditi et al. 2024, arXiv:2406.11717, section 2.4)
-at s = 1.
+The edit is an artifact, not a model: a few vectors and numbers that hooks (`common.hooks`), the weights in
+memory (here), the weights on disk (`common.checkpoint`) and a LoRA adapter (`common.lora`) all apply to the
+same effect. For a writer y = W x + b with orthonormal vectors u_i and strengths s_i every form computes
+y' = (I - sum_i s_i u_i u_i^T) y, which is directional ablation (Arditi et al. 2024, arXiv:2406.11717,
+section 2.4) for one vector at strength 1. An edit that keeps norms rescales the columns or rows of W behind it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,49 +21,97 @@ from torch import Tensor, nn
 from common.architecture import Layout, PlacedWriter, find_writers
 from common.errors import InputError, StageError
 
-FORMAT = 1
+FORMAT = 2
+# In a model folder: additions that no bias can hold; hooks make them when the folder is loaded.
+SIDECAR = "additions.safetensors"
+
+# Which norms of a weight W [d_model, d_in] an edit restores: those of its columns (what one input writes), of
+# its rows (what is written to one coordinate of the stream), or none.
+KeepNorm = Literal["none", "column", "row"]
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What is taken out of one writer: the name of a vector of the edit, and its strength (1 removes it all)."""
+    """What is taken out of one writer.
+
+    Attributes:
+        vectors: names of orthonormal vectors of the edit.
+        strengths: one per vector; 1 removes all of it. Where all are 0 the weight stays as it is, and the
+            vectors say what healing may not write there.
+        keep_norm: which norms of the weight are restored.
+    """
+
+    vectors: tuple[str, ...]
+    strengths: tuple[float, ...]
+    keep_norm: KeepNorm = "none"
+
+    @property
+    def is_void(self) -> bool:
+        """Whether nothing is taken out."""
+        return not any(self.strengths)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What is added to the residual stream beside a writer's contribution, at every token.
+
+    Attributes:
+        vector: name of a unit vector of the edit.
+        amount: how far, in the units of the residual stream; negative goes against it.
+    """
 
     vector: str
-    strength: float
+    amount: float
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A directional ablation of one checkpoint.
+    """An edit of one checkpoint: directions that are removed from its writers, or added to the stream.
 
     Attributes:
-        vectors: unit vectors [d_model] in float64 by name; `direction` is the refusal direction itself, the
-            others are what a writer behind a norm needs instead (`abliteration.edits`).
+        vectors: unit vectors [d_model] in float64 by name; `direction` is the direction itself, the others are
+            what single writers need instead (`abliteration.placement`).
         removals: what is removed from each writer, by the writer's name in the model.
+        additions: what is added beside a writer, by its name.
         left_alone: writers that are not edited, with the reason.
         about: where the direction comes from: layer, position, stream, base model, template hash.
     """
 
     vectors: Mapping[str, Tensor]
     removals: Mapping[str, Removal]
+    additions: Mapping[str, Addition]
     left_alone: Mapping[str, str]
     about: Mapping[str, Any]
 
     @property
     def direction(self) -> Tensor:
-        """The refusal direction, a unit vector [d_model]."""
+        """The direction the edit is about, a unit vector [d_model]."""
         return self.vectors["direction"]
 
-    def vector_of(self, writer: str) -> Tensor:
-        """The unit vector [d_model] that is removed from a writer."""
-        return self.vectors[self.removals[writer].vector]
+    def basis(self, writer: str) -> Tensor:
+        """The orthonormal vectors [k, d_model] that are removed from a writer."""
+        return torch.stack([self.vectors[name] for name in self.removals[writer].vectors])
+
+    def strengths(self, writer: str) -> Tensor:
+        """How strongly each of them is removed: [k] in float64."""
+        return torch.tensor(self.removals[writer].strengths, dtype=torch.float64)
+
+    def is_low_rank(self) -> bool:
+        """Whether every change of a weight has the rank of its vectors, so that an adapter can hold it."""
+        return all(removal.keep_norm == "none" for removal in self.removals.values())
 
 
 def save_edit(edit: Edit, path: Path) -> None:
     """Write an edit as safetensors; the same edit gives the same bytes."""
     about = {
         "format": FORMAT,
-        "removals": {name: [r.vector, r.strength] for name, r in edit.removals.items()},
+        "removals": {
+            name: {"vectors": r.vectors, "strengths": r.strengths, "keep_norm": r.keep_norm}
+            for name, r in edit.removals.items()
+        },
+        "additions": {
+            name: {"vector": a.vector, "amount": a.amount} for name, a in edit.additions.items()
+        },
         "left_alone": dict(edit.left_alone),
         "about": dict(edit.about),
     }
@@ -87,7 +135,7 @@ def load_edit(path: Path) -> Edit:
             vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read as an edit: {error}; run stage one again"
+            f"{path} cannot be read as an edit: {error}; name an edit.safetensors of stage one"
         ) from error
     about = json.loads(metadata) if metadata else {}
     if about.get("format") != FORMAT:
@@ -95,75 +143,103 @@ def load_edit(path: Path) -> Edit:
             f"{path} is no edit of format {FORMAT} (found {about.get('format')}); make it again"
         )
     removals = {
-        name: Removal(vector, strength) for name, (vector, strength) in about["removals"].items()
+        name: Removal(tuple(r["vectors"]), tuple(r["strengths"]), r["keep_norm"])
+        for name, r in about["removals"].items()
     }
-    return Edit(vectors, removals, about["left_alone"], about["about"])
+    additions = {name: Addition(**a) for name, a in about["additions"].items()}
+    return Edit(vectors, removals, additions, about["left_alone"], about["about"])
 
 
-def project(output: Tensor, vector: Tensor, strength: float) -> Tensor:
-    """Remove a share of the component along a unit vector from the last axis: y - s (y.u) u."""
-    vector = vector.to(output)
-    return output - strength * (output @ vector).unsqueeze(-1) * vector
-
-
-def orthogonalize(weight: Tensor, vector: Tensor, strength: float, layout: Layout) -> Tensor:
-    """Remove from a writer's weight what it writes along a unit vector.
+def project(output: Tensor, basis: Tensor, strengths: Tensor) -> Tensor:
+    """Remove a share of the components along orthonormal vectors from the last axis.
 
     Args:
-        weight: [d_model, d_in] (linear), [vocab, d_model] (embedding) or [experts, d_model, d_in] (experts).
-        vector: unit vector [d_model].
-        strength: 1 removes all of it.
-        layout: which of these shapes it is.
+        output: [..., tokens, d_model].
+        basis: orthonormal vectors [..., k, d_model].
+        strengths: [..., k].
+
+    Returns:
+        output - sum_i s_i (output . u_i) u_i, of the same shape.
+    """
+    basis = basis.to(output)
+    return output - (output @ basis.mT * strengths.to(output).unsqueeze(-2)) @ basis
+
+
+def edited_weight(
+    weight: Tensor, basis: Tensor, strengths: Tensor, keep_norm: KeepNorm, layout: Layout
+) -> Tensor:
+    """Remove from a writer's weight what it writes along orthonormal vectors.
+
+    Args:
+        weight: in one of the layouts of `common.architecture`.
+        basis: orthonormal vectors [k, d_model].
+        strengths: [k]; 1 removes all.
+        keep_norm: which norms of the weight, read as [d_model, d_in], are restored: each exactly, except that
+            of a column or row that lies wholly along a removed vector, which becomes 0.
+        layout: how the weight is stored.
 
     Returns:
         The edited weight, computed in float32 or wider and cast back to the weight's dtype.
 
-    Source: Arditi et al. 2024, arXiv:2406.11717, "weight orthogonalization".
+    Source: Arditi et al. 2024, arXiv:2406.11717, "weight orthogonalization"; restoring norms changes
+        W' = P W to P W diag(s) (columns), or to diag(1/n) (D P D^-1 W) with D the row norms (rows).
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    if layout == "embedding":
-        edited = project(wide, vector, strength)
+    by_input = as_stored(wide, layout)
+    if keep_norm == "none":
+        edited = project(by_input, basis, strengths)
+    elif keep_norm == "column":
+        edited = project(by_input, basis, strengths)
+        before, left = by_input.norm(dim=-1), edited.norm(dim=-1)
+        # What rounding leaves of an input that writes along the vectors alone must not be blown up.
+        noise = before * (8 * torch.finfo(before.dtype).eps) ** 0.5
+        edited = edited * _ratio(before, torch.where(left > noise, left, 0.0)).unsqueeze(-1)
     else:
-        edited = project(wide.transpose(-1, -2), vector, strength).transpose(-1, -2)
-    return edited.to(weight.dtype).contiguous()
+        norms = by_input.norm(dim=-2, keepdim=True)
+        edited = project(by_input * _ratio(torch.ones_like(norms), norms), basis, strengths)
+        edited = edited * _ratio(norms, edited.norm(dim=-2, keepdim=True))
+    return as_stored(edited, layout).to(weight.dtype).contiguous()
 
 
-def component_along(weight: Tensor, vector: Tensor, layout: Layout) -> Tensor:
-    """What a writer's weight writes along a unit vector: v^T W, in float64, one number per input."""
+def edited_bias(bias: Tensor, basis: Tensor, strengths: Tensor) -> Tensor:
+    """Remove from a writer's bias, [d_model] or [experts, d_model], what it writes along orthonormal vectors."""
+    wide = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
+    rows = wide.reshape(-1, wide.shape[-1])
+    return project(rows, basis, strengths).reshape(bias.shape).to(bias.dtype)
+
+
+def component_along(weight: Tensor, basis: Tensor, layout: Layout) -> Tensor:
+    """What a writer's weight writes along vectors [k, d_model]: U W in float64, [..., d_in, k]."""
     wide = weight.detach().to(torch.float64)
-    vector = vector.to(wide)
-    return wide @ vector if layout == "embedding" else wide.transpose(-1, -2) @ vector
+    by_input = as_stored(wide, layout)
+    return by_input @ basis.to(wide).T
 
 
 def edited_writers(model: nn.Module, edit: Edit) -> dict[str, PlacedWriter]:
-    """The writers of a model that an edit names, by name.
+    """The writers of a model that an edit removes something from, by name.
 
     Raises:
         InputError: if the model lacks one of them or has a writer that the edit does not know: the edit was
             made for another architecture.
     """
-    writers = {writer.name: writer for writer in find_writers(model)}
-    known = set(edit.removals) | set(edit.left_alone)
-    if set(writers) != known:
-        odd = sorted(set(writers) ^ known)
-        raise InputError(
-            f"the edit and the model name different writers ({', '.join(odd[:3])}{' ...' if odd[3:] else ''}); "
-            "an edit fits only the architecture and depth it was made for"
-        )
+    writers = known_writers(model, edit)
     return {name: writers[name] for name in edit.removals}
 
 
 @torch.no_grad()
 def apply_to_weights(model: nn.Module, edit: Edit) -> None:
-    """Edit a model's weights in place, biases included.
+    """Edit a model's weights in place, biases included; additions go into the biases of their writers.
 
     Raises:
-        InputError: if the edit was made for another architecture.
+        InputError: if the edit was made for another architecture, or adds where no bias can hold it.
         StageError: if a weight did not change although the edit removes something from it (coverage).
     """
-    for name, writer in edited_writers(model, edit).items():
-        removal, vector = edit.removals[name], edit.vector_of(name)
-        edited = orthogonalize(writer.weight, vector, removal.strength, writer.layout)
+    writers = known_writers(model, edit)
+    for name, removal in edit.removals.items():
+        if removal.is_void:
+            continue
+        writer, basis, strengths = writers[name], edit.basis(name), edit.strengths(name)
+        edited = edited_weight(writer.weight, basis, strengths, removal.keep_norm, writer.layout)
         if torch.equal(edited, writer.weight):
             raise StageError(
                 f"abliteration: {name} did not change under the edit, so it still writes what it wrote; its side "
@@ -171,35 +247,53 @@ def apply_to_weights(model: nn.Module, edit: Edit) -> None:
             )
         writer.weight.copy_(edited)
         if writer.bias is not None:
-            writer.bias.copy_(
-                orthogonalize(writer.bias[None], vector, removal.strength, "embedding")[0]
+            writer.bias.copy_(edited_bias(writer.bias, basis, strengths))
+    for name, addition in edit.additions.items():
+        if not holds_additions(writers[name]):
+            raise InputError(
+                f"the edit adds a vector beside {name}, which has no bias that could hold it; apply it by hooks"
             )
+        bias = writers[name].bias
+        assert bias is not None
+        added = bias.double() + addition.amount * edit.vectors[addition.vector].to(bias.device)
+        bias.copy_(added.to(bias.dtype))
 
 
-@contextmanager
-def applied_by_hooks(model: nn.Module, edit: Edit) -> Iterator[None]:
-    """Apply an edit to the outputs of the writers while the context lasts; the weights stay as they are.
+def holds_additions(writer: PlacedWriter) -> bool:
+    """Whether a vector added to a writer's bias reaches the residual stream as it is.
 
-    By linearity one hook on a block of experts equals the edit of every expert.
+    The bias of an expert is weighted by the router, and what lies before a norm is rescaled by it.
+    """
+    return writer.bias is not None and writer.bias.ndim == 1 and writer.post_norm is None
+
+
+def known_writers(model: nn.Module, edit: Edit) -> dict[str, PlacedWriter]:
+    """Every writer of a model by name, if the edit was made for such a model.
 
     Raises:
-        InputError: if the edit was made for another architecture.
+        InputError: if it was not.
     """
-    handles = []
-    for name, writer in edited_writers(model, edit).items():
-        vector, strength = edit.vector_of(name), edit.removals[name].strength
-        handles.append(writer.module.register_forward_hook(_projection_hook(vector, strength)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    writers = {writer.name: writer for writer in find_writers(model)}
+    named = {*edit.removals, *edit.additions, *edit.left_alone}
+    # A removal that does not know every writer would leave some unedited in silence; an addition needs one only.
+    odd = sorted(named ^ set(writers) if edit.removals else named - set(writers))
+    if odd:
+        raise InputError(
+            f"the edit and the model name different writers ({', '.join(odd[:3])}{' ...' if odd[3:] else ''}); "
+            "an edit fits only the architecture and depth it was made for"
+        )
+    return writers
 
 
-def _projection_hook(vector: Tensor, strength: float) -> Any:  # noqa: ANN401  # torch's hook type is Any
-    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        nonlocal vector
-        vector = vector.to(output)  # moved once, not at every token
-        return project(output, vector, strength)
+def as_stored(weight: Tensor, layout: Layout) -> Tensor:
+    """A weight [..., d_in, d_model] (what each input writes) in its layout, and the other way round."""
+    writes_last = layout in ("embedding", "conv1d", "experts_transposed")
+    return weight if writes_last else weight.mT
 
-    return hook
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, and 0 where nothing is left to rescale."""
+    left = denominator > 0
+    return torch.where(
+        left, numerator / torch.where(left, denominator, torch.ones_like(denominator)), 0.0
+    )

@@ -150,11 +150,33 @@ class Source(Section):
         return self
 
 
+PLACEHOLDER: Final = "{prompt}"
+
+
+def _check_template(text: str) -> str:
+    """Refuse a text that has no one place for the prompt, and the prompt alone."""
+    count = text.count(PLACEHOLDER)
+    if count != 1:
+        fail(
+            ((), f"holds {PLACEHOLDER} {count} times; write it exactly once, where the prompt goes")
+        )
+    if text == PLACEHOLDER:
+        fail(((), "is the prompt alone, so it has no effect; delete it, or put words around it"))
+    return text
+
+
+Template = Annotated[Text, AfterValidator(_check_template)]
+
+
 class PromptSource(Source):
     """Prompts: one column of a file or data set."""
 
     column: Text = Field(
         default="prompt", description="The column (JSONL key, CSV header) of the prompt."
+    )
+    template: Template | None = Field(
+        default=None,
+        description='Text around every prompt, e.g. "Answer in verse. {prompt}"; null: none.',
     )
 
     @model_validator(mode="after")
@@ -182,6 +204,9 @@ class ValidationPrompts(Section):
 
     harmful: PromptSource = Field(description="Prompts the model refuses, for the choice.")
     harmless: PromptSource = Field(description="Prompts the model answers, for the choice.")
+    falsely_refused: PromptSource | None = Field(
+        default=None, description="Harmless prompts the model refuses, for the choice."
+    )
 
 
 def _validation_form(value: object) -> str:
@@ -194,6 +219,11 @@ class AbliterationPrompts(Section):
 
     harmful: PromptSource = Field(description="Prompts that the model refuses.")
     harmless: PromptSource = Field(description="Prompts of the same form that it answers.")
+    falsely_refused: PromptSource | None = Field(
+        default=None,
+        description="Harmless prompts that the model refuses. Given, only their refusal is removed: "
+        "their direction is made orthogonal to that of the harmful prompts.",
+    )
     validation: Annotated[
         Annotated[Count, Tag("=number")] | Annotated[ValidationPrompts, Tag("=prompts")],
         Discriminator(_validation_form),
@@ -208,6 +238,28 @@ class AbliterationPrompts(Section):
         """Refuse twice the same prompts: their means do not differ."""
         if self.harmful == self.harmless:
             fail((("harmless",), "is the same as harmful, so there is no difference to find"))
+        if self.falsely_refused in (self.harmful, self.harmless):
+            fail(
+                (
+                    ("falsely_refused",),
+                    "is the same as harmful or harmless; name prompts of its own",
+                )
+            )
+        if isinstance(self.validation, ValidationPrompts):
+            if self.falsely_refused and not self.validation.falsely_refused:
+                fail(
+                    (
+                        ("validation", "falsely_refused"),
+                        "is missing; add it beside harmful and harmless",
+                    )
+                )
+            if self.validation.falsely_refused and not self.falsely_refused:
+                fail(
+                    (
+                        ("validation", "falsely_refused"),
+                        "has no effect without prompts.falsely_refused; delete it or add that",
+                    )
+                )
         return self
 
 
@@ -217,10 +269,43 @@ class DifferenceInMeans(Section):
     name: Literal["difference_in_means"] = Field(description="The direction estimator.")
 
 
-class ScoresSelection(Section):
-    """Choose layer and position by how well removing the direction stops refusals."""
+class GeometricMedian(Section):
+    """Difference of geometric medians, which single odd prompts cannot move."""
 
-    name: Literal["scores"] = Field(description="Choose by scores on the validation prompts.")
+    name: Literal["geometric_median"] = Field(description="The direction estimator.")
+
+
+class WinsorizedMeans(Section):
+    """Difference in means, each prompt's own outlying components clipped first."""
+
+    name: Literal["winsorized_means"] = Field(description="The direction estimator.")
+    quantile: Number = Field(
+        default=0.995,
+        gt=0.5,
+        lt=1,
+        description="Components beyond this quantile of a prompt's own magnitudes are clipped.",
+    )
+
+
+class Svd(Section):
+    """Several directions: the mean difference, then the main axes of what it leaves over."""
+
+    name: Literal["svd"] = Field(description="The direction estimator.")
+    num_directions: Count = Field(
+        default=2, ge=2, description="How many directions, the mean difference included."
+    )
+
+
+class LogisticRegression(Section):
+    """The weight vector of a linear probe that tells the two kinds of prompts apart."""
+
+    name: Literal["logistic_regression"] = Field(description="The direction estimator.")
+    l2: Number = Field(default=1.0, gt=0, description="Strength of the L2 penalty.")
+
+
+class _ByScores(Section):
+    """What a choice by scores is bounded by."""
+
     max_kl: Number = Field(
         default=0.1,
         gt=0,
@@ -242,20 +327,166 @@ class ScoresSelection(Section):
     )
 
 
+class ScoresSelection(_ByScores):
+    """Choose layer and position by how well removing the direction stops refusals."""
+
+    name: Literal["scores"] = Field(description="Choose by scores on the validation prompts.")
+
+
+EditKind = Literal["orthogonalize", "projected", "biprojected", "column_norm", "row_norm"]
+
+
+class SearchSelection(_ByScores):
+    """Search layer, position, kind of edit and strengths over layers with Optuna."""
+
+    name: Literal["search"] = Field(description="Search with Optuna, starting from the scores.")
+    num_trials: Count = Field(default=96, description="Settings that are tried.")
+    edits: tuple[EditKind, ...] = Field(
+        default=("orthogonalize", "projected", "column_norm"),
+        min_length=1,
+        description="Kinds of edit to try; the recipe's own edit is the first trial.",
+    )
+    max_refusal: Number = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="Refusal rate on the validation prompts that the chosen point may keep: of "
+        "the points below it the one that diverges least is taken.",
+    )
+    trials_per_pass: Count = Field(
+        default=4, description="Trials that share a forward pass, each on rows of its own."
+    )
+    answer_tokens: Count = Field(
+        default=32, description="Tokens of each harmless answer that divergence is measured on."
+    )
+
+    @field_validator("edits")
+    @classmethod
+    def _no_kind_twice(cls, edits: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse a kind that is named twice."""
+        if len(set(edits)) < len(edits):
+            fail(((), "names a kind twice; keep one"))
+        return edits
+
+
 class FixedSelection(Section):
     """Take the direction of one layer and position."""
 
     name: Literal["fixed"] = Field(description="Take a known layer and position.")
-    layer: Whole = Field(ge=0, description="Index of the block whose input is read, from 0.")
+    layer: Number = Field(
+        ge=0, description="Index of the block whose input is read, from 0; 9.5 mixes 9 and 10."
+    )
     position: Whole = Field(lt=0, description="Token position from the end of the prompt: -1, -2.")
 
 
-class Orthogonalize(Section):
+class LayerKernel(Section):
+    """A triangle over the layers: largest at one layer, falling in a straight line, 0 beyond."""
+
+    max_weight: Number = Field(default=1.0, gt=0, description="Weight at the peak.")
+    max_weight_position: Number = Field(ge=0, description="Layer of the peak, from 0.")
+    min_weight: Number = Field(default=0.0, ge=0, description="Weight at the edge.")
+    min_weight_distance: Number = Field(gt=0, description="Layers from the peak to the edge.")
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        """Refuse a kernel whose edge is above its peak."""
+        if self.min_weight > self.max_weight:
+            fail((("min_weight",), "is above max_weight; the peak must be the largest"))
+        return self
+
+
+def _weight_form(value: object) -> str:
+    """Tell one number, a number per layer, and a kernel apart."""
+    if isinstance(value, Mapping | LayerKernel):
+        return "=kernel"
+    return "=list" if isinstance(value, list | tuple) else "=number"
+
+
+Weight = Annotated[Number, Field(ge=0)]
+LayerWeights = Annotated[
+    Annotated[Weight, Tag("=number")]
+    | Annotated[tuple[Weight, ...], Tag("=list")]
+    | Annotated[LayerKernel, Tag("=kernel")],
+    Discriminator(_weight_form),
+]
+
+
+class EditWeights(Section):
+    """How the strength is shared out: by component, and for blocks by layer."""
+
+    embedding: Weight = Field(default=1.0, description="Weight of the token embedding.")
+    attention: LayerWeights = Field(
+        default=1.0, description="Attention outputs: a number, one per layer, or a kernel."
+    )
+    mlp: LayerWeights = Field(
+        default=1.0, description="MLP and expert outputs: a number, one per layer, or a kernel."
+    )
+
+
+class _Removal(Section):
+    """What every kind of removal has."""
+
+    strength: Number = Field(
+        default=1.0, gt=0, description="Share of the component to remove: 1 removes all of it."
+    )
+    weights: EditWeights = Field(
+        default=EditWeights(), description="Factors on the strength, by component and layer."
+    )
+
+
+class Orthogonalize(_Removal):
     """Remove the direction from every matrix that writes to the residual stream."""
 
     name: Literal["orthogonalize"] = Field(description="The edit.")
-    strength: Number = Field(
-        default=1.0, gt=0, description="Share of the component to remove: 1 removes all of it."
+
+
+class Projected(_Removal):
+    """Remove only what of the direction is orthogonal to the harmless mean at its layer."""
+
+    name: Literal["projected"] = Field(description="The edit.")
+
+
+class Biprojected(_Removal):
+    """As projected, and orthogonal to the harmless mean of every layer that is edited as well."""
+
+    name: Literal["biprojected"] = Field(description="The edit.")
+
+
+class _KeepingNorms(_Removal):
+    """A removal that restores norms of the weights."""
+
+    projection: Literal["none", "projected", "biprojected"] = Field(
+        default="none", description="What of the direction is removed: see those edits."
+    )
+
+
+class ColumnNorm(_KeepingNorms):
+    """Remove the direction and keep the norm of every column: of what each input writes."""
+
+    name: Literal["column_norm"] = Field(description="The edit.")
+
+
+class RowNorm(_KeepingNorms):
+    """Remove the direction and keep the norm of every row, as Heretic does."""
+
+    name: Literal["row_norm"] = Field(description="The edit.")
+
+
+def _adds(value: object) -> object:
+    """Refuse the strength 0 with a better remedy than a larger strength."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
+        fail(((), "is 0, so nothing would be added; give a number above or below 0"))
+    return value
+
+
+class Add(Section):
+    """Add the direction to the residual stream, so that the behaviour is induced."""
+
+    name: Literal["add"] = Field(description="The edit.")
+    strength: Annotated[Number, BeforeValidator(_adds)] = Field(
+        default=1.0,
+        description="Times the direction's own length: 1 moves the mean of one prompt set onto "
+        "the other's; below 0 it moves the other way.",
     )
 
 
@@ -264,21 +495,76 @@ class AbliterationSection(Section):
 
     prompts: AbliterationPrompts = Field(description="What the direction is found on.")
     direction: Annotated[
-        Annotated[DifferenceInMeans, Tag("=difference_in_means")],
+        Annotated[DifferenceInMeans, Tag("=difference_in_means")]
+        | Annotated[GeometricMedian, Tag("=geometric_median")]
+        | Annotated[WinsorizedMeans, Tag("=winsorized_means")]
+        | Annotated[Svd, Tag("=svd")]
+        | Annotated[LogisticRegression, Tag("=logistic_regression")],
         _named("direction"),
     ] = Field(
         default=DifferenceInMeans(name="difference_in_means"),
         description="How candidate directions are estimated.",
     )
     selection: Annotated[
-        Annotated[ScoresSelection, Tag("=scores")] | Annotated[FixedSelection, Tag("=fixed")],
+        Annotated[ScoresSelection, Tag("=scores")]
+        | Annotated[SearchSelection, Tag("=search")]
+        | Annotated[FixedSelection, Tag("=fixed")],
         _named("selection"),
     ] = Field(default=ScoresSelection(name="scores"), description="How one candidate is chosen.")
-    edit: Annotated[Annotated[Orthogonalize, Tag("=orthogonalize")], _named("edit")] = Field(
+    edit: Annotated[
+        Annotated[Orthogonalize, Tag("=orthogonalize")]
+        | Annotated[Projected, Tag("=projected")]
+        | Annotated[Biprojected, Tag("=biprojected")]
+        | Annotated[ColumnNorm, Tag("=column_norm")]
+        | Annotated[RowNorm, Tag("=row_norm")]
+        | Annotated[Add, Tag("=add")],
+        _named("edit"),
+    ] = Field(
         default=Orthogonalize(name="orthogonalize"),
         description="How it is removed from the weights.",
     )
+    load_in_4bit: Flag = Field(
+        default=False,
+        description="Find the direction on weights in 4 bits (bitsandbytes); the full-precision "
+        "source is what is edited.",
+    )
+    layer_by_layer: Flag = Field(
+        default=False,
+        description="Read the residual stream with one block in memory at a time; needs a fixed "
+        "selection.",
+    )
     batch_size: Count = Field(default=32, description="Prompts per forward pass and rank.")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        """Refuse parts that cannot work together."""
+        problems: list[tuple[Key, str]] = []
+        selection, edit = self.selection.name, self.edit.name
+        if edit == "add" and selection != "fixed":
+            problems.append(
+                (
+                    ("selection", "name"),
+                    f'is "{selection}", which tries removals; write fixed to add',
+                )
+            )
+        if edit == "add" and self.direction.name == "svd":
+            problems.append(
+                (("direction", "name"), "is svd, but one direction is added; take another")
+            )
+        if self.layer_by_layer and selection != "fixed":
+            problems.append(
+                (
+                    ("layer_by_layer",),
+                    f"reads prompts only, but selection {selection} must run the whole model; write "
+                    "selection: {name: fixed, layer: ..., position: ...}",
+                )
+            )
+        if self.layer_by_layer and self.load_in_4bit:
+            problems.append(
+                (("layer_by_layer",), "is set beside load_in_4bit; keep one of the two")
+            )
+        fail(*problems)
+        return self
 
 
 class OnPolicy(Section):
@@ -668,9 +954,26 @@ class Recipe(Section):
 
 # Every component by the recipe key that selects it. A component's name is its file's name.
 COMPONENTS: Final[Mapping[str, Mapping[str, type[Section]]]] = {
-    "abliteration.direction": {"difference_in_means": DifferenceInMeans},
-    "abliteration.selection": {"scores": ScoresSelection, "fixed": FixedSelection},
-    "abliteration.edit": {"orthogonalize": Orthogonalize},
+    "abliteration.direction": {
+        "difference_in_means": DifferenceInMeans,
+        "geometric_median": GeometricMedian,
+        "winsorized_means": WinsorizedMeans,
+        "svd": Svd,
+        "logistic_regression": LogisticRegression,
+    },
+    "abliteration.selection": {
+        "scores": ScoresSelection,
+        "search": SearchSelection,
+        "fixed": FixedSelection,
+    },
+    "abliteration.edit": {
+        "orthogonalize": Orthogonalize,
+        "projected": Projected,
+        "biprojected": Biprojected,
+        "column_norm": ColumnNorm,
+        "row_norm": RowNorm,
+        "add": Add,
+    },
     "train.preferences": {"on_policy": OnPolicy, "dataset": PreferenceDataset},
     "eval.benchmarks": {"lm_eval": LmEval, "refusal": Refusal, "divergence": Divergence},
 }

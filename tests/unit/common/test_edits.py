@@ -14,34 +14,40 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from abliteration.edits.orthogonalize import build
 from common.architecture import ARCHITECTURES, find_writers
 from common.edits import (
     Edit,
     Removal,
-    applied_by_hooks,
     apply_to_weights,
     component_along,
+    edited_weight,
     load_edit,
-    orthogonalize,
     project,
     save_edit,
 )
 from common.errors import InputError, StageError
+from common.hooks import applied_by_hooks, applied_in_trials
+from tests.editing import edit_of, vector
 
 IDS = torch.tensor([[0, 40, 41, 99, 120, 7, 200, 33, 64, 65, 3, 90, 17, 18, 19, 20]])
-POST_NORM = ("gemma2", "gemma3_text", "olmo2")
+POST_NORM = tuple(
+    name for name, family in ARCHITECTURES.items() if any(w.post_norm for w in family.writers)
+)
 FAMILIES = sorted(ARCHITECTURES)
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def _direction(seed=7):
-    return torch.randn(32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+ONE = torch.ones(1, dtype=torch.float64)
 
 
 def _edit(model, strength=1.0, direction=None):
-    direction = _direction() if direction is None else direction
-    return build(direction, find_writers(model), strength, {})
+    return edit_of(
+        model, "orthogonalize", *([] if direction is None else [direction]), strength=strength
+    )
+
+
+def _without(weight, basis, layout):
+    return edited_weight(weight, basis, torch.ones(len(basis)), "none", layout)
 
 
 def _edited(model, edit):
@@ -92,10 +98,9 @@ def test_the_edit_changes_nothing_across_the_direction(family, build_model):
     edit = _edit(model)
     edited = dict(_edited(model, edit).named_parameters())
     for writer in find_writers(model):
-        vector = edit.vector_of(writer.name)
         name = f"{writer.name}.{writer.parameter}"
         change = edited.pop(name) - writer.weight
-        across = orthogonalize(change, vector, 1.0, writer.layout)
+        across = _without(change, edit.basis(writer.name), writer.layout)
         assert across.abs().max() < 1e-12
         assert change.abs().max() > 1e-3
     for name, parameter in edited.items():
@@ -110,9 +115,9 @@ def test_a_strength_s_leaves_one_minus_s_of_what_each_writer_wrote(family, stren
     edit = _edit(model, strength)
     edited = {writer.name: writer for writer in find_writers(_edited(model, edit))}
     for writer in find_writers(model):
-        vector = edit.vector_of(writer.name)
-        before = component_along(writer.weight, vector, writer.layout)
-        after = component_along(edited[writer.name].weight, vector, writer.layout)
+        basis = edit.basis(writer.name)
+        before = component_along(writer.weight, basis, writer.layout)
+        after = component_along(edited[writer.name].weight, basis, writer.layout)
         torch.testing.assert_close(after, (1 - strength) * before, rtol=1e-10, atol=1e-12)
 
 
@@ -153,7 +158,7 @@ def test_the_wrong_side_of_a_square_output_projection_leaves_the_direction_in(
     wrong, right = edited.model.layers[1].self_attn.o_proj, model.model.layers[1].self_attn.o_proj
     assert right.weight.shape[0] == right.weight.shape[1]
     with torch.no_grad():
-        wrong.weight.copy_(orthogonalize(right.weight, edit.direction, 1.0, "embedding"))
+        wrong.weight.copy_(_without(right.weight, edit.direction[None], "embedding"))
     assert _along(read_stream(edited, IDS), edit.direction) > 1e-3
 
 
@@ -179,7 +184,7 @@ def test_removing_the_direction_itself_in_front_of_a_norm_leaves_it_in(
     model = build_model(family)
     edit = _edit(model)
     naive = dataclasses.replace(
-        edit, removals={name: Removal("direction", 1.0) for name in edit.removals}
+        edit, removals={name: Removal(("direction",), (1.0,)) for name in edit.removals}
     )
     assert _along(read_stream(_edited(model, naive), IDS), edit.direction) > 1e-3
 
@@ -218,29 +223,29 @@ def test_hooks_are_gone_after_the_context_even_after_an_error(build_model, read_
 
 def test_a_direction_of_any_length_and_sign_gives_the_same_edit(build_model):
     model = build_model("gemma2")
-    one, other = _edited(model, _edit(model)), _edited(model, _edit(model, 1.0, -3 * _direction()))
+    one, other = _edited(model, _edit(model)), _edited(model, _edit(model, 1.0, -3 * vector()))
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_editing_twice_changes_nothing_more(build_model):
     weight = build_model("llama").model.layers[0].mlp.down_proj.weight
-    unit = _direction() / _direction().norm()
-    once = orthogonalize(weight, unit, 1.0, "linear")
-    torch.testing.assert_close(orthogonalize(once, unit, 1.0, "linear"), once, rtol=0, atol=1e-14)
+    unit = vector() / vector().norm()
+    once = _without(weight, unit[None], "linear")
+    torch.testing.assert_close(_without(once, unit[None], "linear"), once, rtol=0, atol=1e-14)
 
 
 def test_project_removes_the_component_and_keeps_the_rest():
     unit = torch.tensor([0.6, 0.8], dtype=torch.float64)
     y = 3 * unit + 2 * torch.tensor([-0.8, 0.6], dtype=torch.float64)
     expected = 2 * torch.tensor([-0.8, 0.6], dtype=torch.float64)
-    torch.testing.assert_close(project(y, unit, 1.0), expected)
+    torch.testing.assert_close(project(y[None], unit[None], ONE)[0], expected)
 
 
 def test_low_precision_weights_are_edited_in_float32_and_keep_their_type():
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    unit = (_direction() / _direction().norm()).float()
-    edited = orthogonalize(weight, unit.double(), 1.0, "linear")
+    unit = (vector() / vector().norm()).float()
+    edited = edited_weight(weight, unit.double()[None], ONE, "none", "linear")
     assert edited.dtype == torch.bfloat16
     exact = weight.float() - torch.outer(unit, unit @ weight.float())
     assert torch.equal(edited, exact.to(torch.bfloat16))
@@ -264,12 +269,14 @@ SAVE = """
 import sys
 from pathlib import Path
 import torch
-from common.edits import Edit, Removal, save_edit
+from common.edits import Addition, Edit, Removal, save_edit
 # A set: its order changes with the hash seed.
 names = {f"model.layers.{i}.mlp.down_proj" for i in range(20)}
 vectors = {name: torch.arange(4.0) for name in names} | {"direction": torch.ones(4)}
-removals = {name: Removal(name, 0.5) for name in names}
-save_edit(Edit(vectors, removals, dict.fromkeys(names, "x"), {"a": 1, "b": 2}), Path(sys.argv[1]))
+removals = {name: Removal((name,), (0.5,)) for name in names}
+additions = {name: Addition(name, 0.5) for name in names}
+left_alone = dict.fromkeys(names, "x")
+save_edit(Edit(vectors, removals, additions, left_alone, {"a": 1, "b": 2}), Path(sys.argv[1]))
 """
 
 
@@ -315,7 +322,7 @@ def test_a_direction_that_the_model_does_not_write_is_reported(build_model):
     unit[3] = 1
     with torch.no_grad():
         for writer in find_writers(already):
-            writer.weight.copy_(orthogonalize(writer.weight, unit, 1.0, writer.layout))
+            writer.weight.copy_(_without(writer.weight, unit[None], writer.layout))
     with pytest.raises(StageError, match=r"model\.embed_tokens did not change"):
         apply_to_weights(already, _edit(already, 1.0, unit))
 
@@ -334,12 +341,165 @@ def test_a_missing_or_damaged_edit_is_refused(content, message, tmp_path):
 
 def test_tensors_that_are_no_edit_are_refused(tmp_path):
     save_file({"direction": torch.ones(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match="is no edit of format 1"):
+    with pytest.raises(InputError, match="is no edit of format 2"):
         load_edit(tmp_path / "x.safetensors")
 
 
-def test_the_vector_of_a_writer_is_the_one_its_removal_names():
+KINDS = {
+    "projected": {},
+    "biprojected": {"strength": 0.8},
+    "column_norm": {"strength": 0.7},
+    "row_norm": {"strength": 0.7, "projection": "projected"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_edit_is_the_same_by_hooks_and_in_the_weights(
+    kind, family, build_model, read_stream
+):
+    model = build_model(family)
+    edit = edit_of(model, kind, **KINDS[kind])
+    with applied_by_hooks(model, edit):
+        hooked = read_stream(model, IDS)
+    weighted = read_stream(_edited(model, edit), IDS)
+    plain = read_stream(
+        _edited(model, _edit(model, edit.strengths(next(iter(edit.removals)))[0])), IDS
+    )
+    tolerance = 1e-6 if family in POST_NORM else 1e-10
+    for one, other in zip(hooked, weighted, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert (hooked[-1] - plain[-1]).norm() / plain[-1].norm() > 1e-3, "as if it were plain"
+
+
+def test_several_directions_are_removed_at_once(build_model, read_stream):
+    model = build_model("gemma2")
+    one, other = vector(1), vector(2)
+    edit = edit_of(model, "orthogonalize", one, other)
+    edited = _edited(model, edit)
+    for direction in (one, other):
+        assert _along(read_stream(edited, IDS), direction / direction.norm()) < 1e-6
+    with applied_by_hooks(model, edit):
+        hooked = read_stream(model, IDS)
+    torch.testing.assert_close(hooked[-1], read_stream(edited, IDS)[-1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d", "experts", "experts_transposed"])
+@pytest.mark.parametrize("strength", [0.5, 1.0, 1.4])
+def test_a_column_norm_edit_keeps_every_column_and_a_row_norm_edit_every_row(layout, strength):
+    shape = {"linear": (32, 48), "conv1d": (48, 32)}.get(layout)
+    shape = shape or ((3, 32, 48) if layout == "experts" else (3, 48, 32))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    last = layout in ("conv1d", "experts_transposed")
+    basis = torch.linalg.qr(torch.stack([vector(1), vector(2)]).T)[0].T.contiguous()
+    strengths = torch.tensor([strength, strength], dtype=torch.float64)
+    for keep, axis in (("column", -1 if last else -2), ("row", -2 if last else -1)):
+        edited = edited_weight(weight, basis, strengths, keep, layout)
+        torch.testing.assert_close(
+            edited.norm(dim=axis), weight.norm(dim=axis), rtol=1e-12, atol=1e-12
+        )
+        left = component_along(edited, basis, layout).norm()
+        before = component_along(weight, basis, layout).norm()
+        if keep == "column" and strength == 1:
+            assert left < 1e-12 * before
+        plain = edited_weight(weight, basis, strengths, "none", layout)
+        assert (plain.norm(dim=axis) - weight.norm(dim=axis)).abs().max() > 1e-3
+
+
+def test_a_row_norm_edit_is_heretics_published_formula():
+    weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    v, strength = vector() / vector().norm(), 0.8
+    norms = weight.norm(dim=1)
+    unit_rows = weight / norms[:, None]
+    a = unit_rows.T @ v
+    b = unit_rows @ a
+    n = (1 - 2 * strength * v * b + strength**2 * v**2 * (a @ a)).sqrt()
+    expected = (weight - strength * torch.outer(norms * v, a)) / n[:, None]
+    edited = edited_weight(weight, v[None], strength * ONE, "row", "linear")
+    torch.testing.assert_close(edited, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_column_along_the_direction_becomes_nothing_instead_of_infinite():
+    weight = torch.randn(32, 4, dtype=torch.float64)
+    unit = vector() / vector().norm()
+    weight[:, 2] = 3 * unit
+    edited = edited_weight(weight, unit[None], ONE, "column", "linear")
+    assert edited[:, 2].norm() < 1e-12
+    torch.testing.assert_close(edited[:, 0].norm(), weight[:, 0].norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma2", "gpt_neox", "gpt_oss"])
+@pytest.mark.parametrize("keep_norm", ["none", "column", "row"])
+def test_trials_in_one_pass_equal_models_edited_one_by_one(
+    family, keep_norm, build_model, read_stream
+):
+    model = build_model(family)
+    kind = {"none": "orthogonalize", "column": "column_norm", "row": "row_norm"}[keep_norm]
+    edits = [edit_of(model, kind, vector(seed), strength=s) for seed, s in ((1, 1.0), (2, 0.6))]
+    ids = torch.cat([IDS, IDS.flip(1)])
+    if keep_norm != "none" and family in ("qwen3_moe", "gpt_oss"):
+        # The inputs of experts are inside their module: such trials run one at a time.
+        with (
+            pytest.raises(ValueError, match="cannot share a pass"),
+            applied_in_trials(model, edits),
+        ):
+            pass
+        return
+    with applied_in_trials(model, edits):
+        together = read_stream(model, torch.cat([ids, ids]))
+    tolerance = 1e-6 if family in POST_NORM else 1e-10
+    for trial, edit in enumerate(edits):
+        alone = read_stream(_edited(model, edit), ids)
+        for one, other in zip(together, alone, strict=True):
+            part = one[2 * trial : 2 * trial + 2]
+            torch.testing.assert_close(part, other, rtol=tolerance, atol=tolerance)
+    assert (together[-1][:2] - together[-1][2:]).norm() / together[-1][:2].norm() > 0.05
+
+
+def test_an_addition_moves_the_stream_at_its_layer_by_its_amount(build_model, read_stream):
+    model = build_model("llama")
+    edit = edit_of(model, "add", strength=0.5)
+    with applied_by_hooks(model, edit):
+        moved = read_stream(model, IDS)
+    original = read_stream(model, IDS)
+    torch.testing.assert_close(moved[0], original[0])
+    expected = original[1] + 0.5 * vector()
+    torch.testing.assert_close(moved[1], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_an_addition_goes_into_a_bias_where_one_reaches_the_stream(
+    family, build_model, read_stream
+):
+    model = build_model(family)
+    edit = edit_of(model, "add", strength=-2.0)
+    with applied_by_hooks(model, edit):
+        hooked = read_stream(model, IDS)
+    weighted = read_stream(_edited(model, edit), IDS)
+    torch.testing.assert_close(hooked[-1], weighted[-1], rtol=1e-10, atol=1e-10)
+    assert (weighted[-1] - read_stream(model, IDS)[-1]).norm() > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "glm4"])
+def test_an_addition_without_such_a_bias_is_refused_in_the_weights(family, build_model):
+    model = build_model(family)
+    with pytest.raises(InputError, match="no bias that could hold it; apply it by hooks"):
+        apply_to_weights(model, edit_of(model, "add"))
+
+
+def test_an_addition_behind_a_norm_is_not_rescaled_by_it(build_model, read_stream):
+    model = build_model("gemma2")
+    with applied_by_hooks(model, edit_of(model, "add")):
+        moved = read_stream(model, IDS)
+    torch.testing.assert_close(
+        moved[1], read_stream(model, IDS)[1] + vector(), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_basis_of_a_writer_is_what_its_removal_names():
     vectors = {"direction": torch.tensor([1.0, 0.0]), "w": torch.tensor([0.0, 1.0])}
-    edit = Edit(vectors, {"a": Removal("w", 1.0), "b": Removal("direction", 1.0)}, {}, {})
-    assert torch.equal(edit.vector_of("a"), vectors["w"])
-    assert torch.equal(edit.vector_of("b"), edit.direction)
+    removals = {"a": Removal(("w",), (1.0,)), "b": Removal(("direction", "w"), (0.5, 0.25))}
+    edit = Edit(vectors, removals, {}, {}, {})
+    assert torch.equal(edit.basis("a"), vectors["w"][None])
+    assert torch.equal(edit.basis("b"), torch.eye(2))
+    assert edit.strengths("b").tolist() == [0.5, 0.25]

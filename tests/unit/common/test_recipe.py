@@ -114,7 +114,7 @@ BROKEN = [
         "abliteration.edit.name",
         [
             '"ortogonalize" is not an edit; did you mean "orthogonalize"?',
-            "(known: orthogonalize)",
+            "(known: add, biprojected, column_norm, orthogonalize, projected, row_norm)",
         ],
     ),
     ("name: orthogonalize", "nme: orthogonalize", "abliteration.edit.name", ["is missing"]),
@@ -169,7 +169,7 @@ BROKEN = [
         "{name: scores, max_kl: 0.2}",
         "{name: fixed, layer: 1, position: -1, max_kl: 0.2}",
         "abliteration.selection.max_kl",
-        ["is a key of scores, not of fixed"],
+        ["is a key of scores and search, not of fixed"],
     ),
     (
         "{name: scores, max_kl: 0.2}",
