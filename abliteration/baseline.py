@@ -31,15 +31,20 @@ class Answer:
         prompt: the user's turn.
         answer: the opening of the answer, as text.
         harmful: which prompt set it came from.
-        first_token: the id it begins with, or None if it is empty.
+        tokens: its token ids, without the end token.
         refused: whether it opens as a refusal.
     """
 
     prompt: str
     answer: str
     harmful: bool
-    first_token: int | None
+    tokens: tuple[int, ...]
     refused: bool
+
+    @property
+    def first_token(self) -> int | None:
+        """The id it begins with, or None if it is empty."""
+        return self.tokens[0] if self.tokens else None
 
 
 def answer_baseline(
@@ -63,9 +68,7 @@ def answer_baseline(
     for prompt, tokens in zip(prompts, ids, strict=True):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         assert isinstance(text, str)
-        answers.append(
-            Answer(prompt, text, harmful, tokens[0] if tokens else None, is_refusal(text))
-        )
+        answers.append(Answer(prompt, text, harmful, tuple(tokens), is_refusal(text)))
     return answers
 
 

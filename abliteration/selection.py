@@ -8,7 +8,7 @@ appendix C.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abliteration.baseline import refusal_scores
+from abliteration.findings import Findings
+from abliteration.placement import Direction
+from abliteration.prompt_sets import PromptSet
 from common import chat, distributed, residual
 from common.divergence import batches, kl_divergence
-from common.edits import Edit, applied_by_hooks
+from common.edits import Edit
 from common.errors import StageError
-from common.recipe import ScoresSelection
+from common.hooks import applied_by_hooks
+from common.recipe import ScoresSelection, SearchSelection
 
-MakeEdit = Callable[[Tensor], Edit]
+MakeEdit = Callable[[Direction], Edit]
+Thresholds = ScoresSelection | SearchSelection
 
 
 @dataclass(frozen=True)
@@ -37,33 +42,22 @@ class Candidate:
         bypass: mean refusal score on harmful prompts while it is removed; None if not scored.
         induce: mean refusal score on harmless prompts while it is added.
         kl: mean next-token KL(original || edited) on harmless prompts, nats.
+        retain: mean refusal score, while it is removed, on prompts whose refusal is to stay, if there are any.
         dropped: why it cannot be chosen, or None.
     """
 
-    layer: int
+    layer: float
     position: int
     norm: float
     bypass: float | None = None
     induce: float | None = None
     kl: float | None = None
+    retain: float | None = None
     dropped: str | None = None
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The held-out prompts that candidates are scored on.
-
-    Attributes:
-        harmful: prompts that the model refuses.
-        harmless: prompts that it answers.
-    """
-
-    harmful: Sequence[str]
-    harmless: Sequence[str]
 
 
 @torch.inference_mode()
@@ -98,11 +92,11 @@ def next_token_logits(
 def score_candidates(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    directions: Tensor,
-    validation: Validation,
+    findings: Findings,
+    validation: PromptSet,
     tokens: Sequence[int],
     make_edit: MakeEdit,
-    settings: ScoresSelection,
+    settings: Thresholds,
     batch_size: int,
 ) -> list[Candidate]:
     """Score every candidate that could be chosen.
@@ -110,7 +104,7 @@ def score_candidates(
     Args:
         model: the unedited model.
         tokenizer: its tokenizer.
-        directions: candidates [layers, positions, d_model], not normalized.
+        findings: the candidate directions.
         validation: held-out prompts.
         tokens: the refusal tokens.
         make_edit: the recipe's edit for a direction.
@@ -120,44 +114,39 @@ def score_candidates(
     Returns:
         One candidate per layer and position, with the reason where it was dropped.
     """
-    num_layers, num_positions, _ = directions.shape
+    num_layers, num_positions = findings.directions.shape[:2]
     base = next_token_logits(model, tokenizer, validation.harmless, batch_size)
+    parts = [validation.target, validation.harmless, validation.kept]
     candidates = []
     places = [(layer, index) for layer in range(num_layers) for index in range(num_positions)]
     for layer, index in tqdm(
         places, desc="candidates", disable=not distributed.is_main(), leave=False
     ):
-        direction = directions[layer, index]
-        candidate = Candidate(layer, index - num_positions, float(direction.norm()))
+        vector = findings.directions[layer, index, 0]
+        candidate = Candidate(layer, index - num_positions, float(vector.norm()))
         reason = _unusable(candidate, num_layers, settings)
         if reason is not None:
-            candidates.append(Candidate(layer, candidate.position, candidate.norm, dropped=reason))
+            candidates.append(replace(candidate, dropped=reason))
             continue
-        with applied_by_hooks(model, make_edit(direction)):
-            logits = next_token_logits(
-                model, tokenizer, [*validation.harmful, *validation.harmless], batch_size
-            )
-        with residual.adding(model, layer, direction):
+        edit = make_edit(findings.at(layer, candidate.position))
+        with applied_by_hooks(model, edit):
+            prompts = [prompt for part in parts for prompt in part]
+            logits = next_token_logits(model, tokenizer, prompts, batch_size)
+        with residual.adding(model, layer, vector):
             added = next_token_logits(model, tokenizer, validation.harmless, batch_size)
-        harmful, harmless = logits.split([len(validation.harmful), len(validation.harmless)])
-        scores = {
-            "bypass": float(refusal_scores(harmful, tokens).mean()),
-            "induce": float(refusal_scores(added, tokens).mean()),
-            "kl": float(kl_divergence(base, harmless).mean()),
-        }
-        candidates.append(
-            Candidate(
-                layer,
-                candidate.position,
-                candidate.norm,
-                **scores,
-                dropped=_missed(scores, settings),
-            )
+        target, harmless, kept = logits.split([len(part) for part in parts])
+        scored = replace(
+            candidate,
+            bypass=float(refusal_scores(target, tokens).mean()),
+            induce=float(refusal_scores(added, tokens).mean()),
+            kl=float(kl_divergence(base, harmless).mean()),
+            retain=float(refusal_scores(kept, tokens).mean()) if len(kept) else None,
         )
+        candidates.append(replace(scored, dropped=_missed(scored, settings)))
     return candidates
 
 
-def choose(candidates: Sequence[Candidate], settings: ScoresSelection) -> Candidate:
+def choose(candidates: Sequence[Candidate], settings: Thresholds) -> Candidate:
     """The candidate with the smallest bypass score among those that passed the filters.
 
     Raises:
@@ -173,7 +162,7 @@ def choose(candidates: Sequence[Candidate], settings: ScoresSelection) -> Candid
     ]
     nearest = (
         "; ".join(
-            f"layer {c.layer} position {c.position}: bypass {c.bypass:.2f}, induce {c.induce:.2f}, "
+            f"layer {c.layer:g} position {c.position}: bypass {c.bypass:.2f}, induce {c.induce:.2f}, "
             f"KL {c.kl:.3f} ({c.dropped})"
             for c in scored
         )
@@ -186,7 +175,7 @@ def choose(candidates: Sequence[Candidate], settings: ScoresSelection) -> Candid
     )
 
 
-def _unusable(candidate: Candidate, num_layers: int, settings: ScoresSelection) -> str | None:
+def _unusable(candidate: Candidate, num_layers: int, settings: Thresholds) -> str | None:
     if not math.isfinite(candidate.norm) or candidate.norm == 0:
         # The input of the first block at a fixed token of the template is the same for every prompt.
         return "no difference between the prompt sets"
@@ -195,11 +184,16 @@ def _unusable(candidate: Candidate, num_layers: int, settings: ScoresSelection) 
     return None
 
 
-def _missed(scores: dict[str, float], settings: ScoresSelection) -> str | None:
-    if not all(math.isfinite(score) for score in scores.values()):
+def _missed(scored: Candidate, settings: Thresholds) -> str | None:
+    scores = [scored.bypass, scored.induce, scored.kl, scored.retain]
+    if not all(math.isfinite(score) for score in scores if score is not None):
         return "a score is not finite"
-    if scores["kl"] > settings.max_kl:
+    assert scored.kl is not None
+    assert scored.induce is not None
+    if scored.kl > settings.max_kl:
         return "kl above max_kl"
-    if scores["induce"] < settings.min_induce:
+    if scored.induce < settings.min_induce:
         return "induce below min_induce"
+    if scored.retain is not None and scored.retain < 0:
+        return "true refusal lost"
     return None

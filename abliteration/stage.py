@@ -1,43 +1,85 @@
 """Stage one: from prompts to `edit.safetensors`, `candidates.json` and the abliterated model folder."""
 
 import importlib
+import importlib.util
 import logging
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import wandb
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from abliteration import baseline, selection, verification
-from abliteration.activations import mean_residual_stream
+from abliteration import baseline, export, layerwise, search, selection
+from abliteration.activations import Activations, collect
+from abliteration.findings import Findings, find
+from abliteration.openings import refusal_openings
+from abliteration.placement import Direction
+from abliteration.prompt_sets import PromptSet, load_prompt_sets, prompt_problems
+from abliteration.strengths import layer_problems
+from abliteration.trials import Trials
 from common import artifacts, chat, distributed
-from common.architecture import find_writers
-from common.edits import Edit, apply_to_weights, save_edit
+from common.architecture import PlacedWriter, find_writers
+from common.edits import Edit, save_edit
 from common.errors import InputError, StageError
 from common.model import check_model, load_config, load_model, load_tokenizer, resolve, weight_files
-from common.prompts import check_prompts, describe, load_prompts
-from common.recipe import PromptSource, Recipe
+from common.recipe import Add, Recipe
+from common.stored_writers import open_checkpoint, placed_writers
 from common.tracking import table
 
-VERSION = 1
-# How many prompts of each set are answered to learn how this model refuses.
+VERSION = 2
+# How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
-SHARD_SIZE = "5GB"
+MAX_TRIAL_PROMPTS = 64
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PromptSets:
-    """The prompts that directions are estimated from, and those that choose among them."""
+class Ground:
+    """What the steps of this stage share.
 
-    harmful: list[str]
-    harmless: list[str]
-    validation: selection.Validation
+    Attributes:
+        recipe: its `model` and `abliteration` sections.
+        base: folder of the model.
+        tokenizer: its tokenizer.
+        folder: of the stage.
+        estimation: prompts that directions are estimated from.
+        validation: prompts that choose among them.
+    """
+
+    recipe: Recipe
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    estimation: PromptSet
+    validation: PromptSet
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per forward pass and rank."""
+        return self.recipe.abliteration.batch_size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and what it was chosen from.
+
+    Attributes:
+        candidate: layer and position, with their scores.
+        settings: the kind of edit with its strengths.
+        reason: why this one.
+        candidates: all of them.
+        trials: of a search.
+    """
+
+    candidate: selection.Candidate
+    settings: Any
+    reason: str
+    candidates: Sequence[selection.Candidate]
+    trials: Sequence[search.Trial] = field(default=())
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -47,22 +89,22 @@ def check(recipe: Recipe) -> list[str]:
         problems += check_model(resolve(recipe.model.name_or_path, recipe.model.revision))
     except InputError as error:
         problems.append(str(error))
-    problems += _prompt_problems(recipe)
+    problems += prompt_problems(recipe)
     if not problems:
-        problems += _selection_problems(recipe)
+        problems += _depth_problems(recipe)
+    if recipe.abliteration.load_in_4bit:
+        problems += _four_bit_problems()
     return problems
 
 
 def inputs(recipe: Recipe) -> dict[str, object]:
     """What the result depends on besides the model: the settings, and the prompts' content instead of paths."""
     section = recipe.abliteration
-    prompts = load_prompt_sets(recipe)
+    estimation, validation = load_prompt_sets(recipe)
     return {
         "settings": section.model_dump(mode="json", exclude={"prompts"}),
-        "prompts": artifacts.hash_data([prompts.harmful, prompts.harmless]),
-        "validation": artifacts.hash_data(
-            [list(prompts.validation.harmful), list(prompts.validation.harmless)]
-        ),
+        "prompts": artifacts.hash_data(asdict(estimation)),
+        "validation": artifacts.hash_data(asdict(validation)),
         "dtype": recipe.model.dtype,
     }
 
@@ -77,31 +119,11 @@ def disk_bytes(recipe: Recipe) -> int:
 
 def prompts_used(recipe: Recipe) -> list[str]:
     """Every prompt that shapes the direction, for the overlap check against the benchmarks."""
-    sets = load_prompt_sets(recipe)
-    return [*sets.harmful, *sets.harmless, *sets.validation.harmful, *sets.validation.harmless]
-
-
-def load_prompt_sets(recipe: Recipe) -> PromptSets:
-    """Load and split the prompts.
-
-    Raises:
-        InputError: if a source is unusable, or nothing is left to estimate from.
-    """
-    prompts = recipe.abliteration.prompts
-    harmful, harmless = load_prompts(prompts.harmful), load_prompts(prompts.harmless)
-    if not isinstance(prompts.validation, int):
-        validation = selection.Validation(
-            load_prompts(prompts.validation.harmful), load_prompts(prompts.validation.harmless)
-        )
-        return PromptSets(harmful, harmless, validation)
-    count = prompts.validation
-    harmful, held_harmful = _hold_out(harmful, count, recipe.seed, prompts.harmful)
-    harmless, held_harmless = _hold_out(harmless, count, recipe.seed, prompts.harmless)
-    return PromptSets(harmful, harmless, selection.Validation(held_harmful, held_harmless))
+    return [prompt for prompts in load_prompt_sets(recipe) for prompt in prompts.all()]
 
 
 def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wandb.Run) -> None:
-    """Find the direction, remove it, prove it gone, and write the edited model.
+    """Find the direction, edit the weights on disk, prove what was asked for, and score the export again.
 
     Args:
         recipe: its `model` and `abliteration` sections.
@@ -110,211 +132,279 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
         tracker: this stage's wandb run.
     """
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
-    tokenizer = load_tokenizer(base)
-    model = load_model(base, dtype=recipe.model.dtype)
-    prompts = load_prompt_sets(recipe)
-    num_positions = chat.num_instruction_end_tokens(tokenizer)
-
-    chosen, direction, candidates = _find_direction(
-        recipe, model, tokenizer, prompts, num_positions, folder
-    )
-    edit = _make_edit(recipe, model, direction, _about(recipe, base, tokenizer, chosen))
-    residuals = _apply_and_verify(model, tokenizer, edit, prompts.validation.harmful)
-
+    ground = Ground(recipe, base, load_tokenizer(base), folder, *load_prompt_sets(recipe))
+    if recipe.abliteration.layer_by_layer:
+        findings = _find_layer_by_layer(ground)
+        choice = _take_fixed(ground, findings)
+        writers = placed_writers(open_checkpoint(base))
+        edit = _build_edit(ground, findings, choice, writers)
+        scores = None
+    else:
+        model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.abliteration.load_in_4bit)
+        findings, choice = _find_and_choose(ground, model)
+        edit = _build_edit(ground, findings, choice, find_writers(model))
+        scores = export.score(model, ground.tokenizer, ground.validation, edit, ground.batch_size)
+        del model
     if distributed.is_main():
         save_edit(edit, folder / "edit.safetensors")
-        artifacts.write_json(
-            folder / "candidates.json",
-            {
-                "chosen": chosen.as_data(),
-                "candidates": [candidate.as_data() for candidate in candidates],
-            },
-        )
-        artifacts.write_json(
-            folder / "summary.json",
-            {"chosen": chosen.as_data(), "largest_residual": max(residuals.values())},
-        )
-        model.save_pretrained(folder / "model", max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(folder / "model")
-        _track(tracker, chosen, candidates, residuals)
-    logger.info(
-        "abliteration: removed layer %d position %d (strength %g) from %d writers%s",
-        chosen.layer,
-        chosen.position,
-        recipe.abliteration.edit.strength,
-        len(edit.removals),
-        f", left alone: {', '.join(edit.left_alone)}" if edit.left_alone else "",
+    report = export.write(
+        base, edit, folder / "model", scores, recipe, ground.tokenizer, ground.batch_size
     )
+    if distributed.is_main():
+        _record(ground, choice, edit, report, tracker)
+    _log_outcome(choice, edit)
 
 
-def _find_direction(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptSets,
-    num_positions: int,
-    folder: Path,
-) -> tuple[selection.Candidate, Tensor, list[selection.Candidate]]:
-    settings, batch_size = recipe.abliteration.selection, recipe.abliteration.batch_size
-    tokens: list[int] = []
-    if settings.name == "scores":
-        tokens = _learn_refusal_tokens(recipe, model, tokenizer, prompts, folder)
-        prompts = _keep_clear_cases(model, tokenizer, prompts, tokens, batch_size)
-    means = [
-        mean_residual_stream(
-            model, tokenizer, part, num_positions=num_positions, batch_size=batch_size
-        )
-        for part in (prompts.harmful, prompts.harmless)
-    ]
-    estimator = importlib.import_module(
-        f"abliteration.directions.{recipe.abliteration.direction.name}"
-    )
-    directions: Tensor = estimator.estimate(*means)
-    logger.info(
-        "abliteration: %d harmful and %d harmless prompts, %d layers x %d positions",
-        len(prompts.harmful),
-        len(prompts.harmless),
-        *directions.shape[:2],
-    )
+def _find_and_choose(ground: Ground, model: PreTrainedModel) -> tuple[Findings, Choice]:
+    """Learn how the model refuses, estimate directions, and choose one."""
+    settings = ground.recipe.abliteration.selection
     if settings.name == "fixed":
-        direction = directions[settings.layer, settings.position]
-        chosen = selection.Candidate(settings.layer, settings.position, float(direction.norm()))
-        if chosen.norm == 0:
-            raise StageError(
-                f"abliteration: harmful and harmless prompts do not differ at layer {chosen.layer}, position "
-                f"{chosen.position} (a fixed token of the template); choose a later layer or another position"
-            )
-        return chosen, direction, [chosen]
+        findings = _find(ground, model, ground.estimation)
+        return findings, _take_fixed(ground, findings)
+    answers = _answer_baseline(ground, model)
+    tokens = baseline.refusal_tokens(answers, settings.min_refusals)
+    logger.info(
+        "abliteration: refusals begin with %s",
+        ", ".join(repr(ground.tokenizer.decode([token])) for token in tokens),
+    )
+    estimation = _keep_clear_cases(ground, model, ground.estimation, tokens, "")
+    validation = _keep_clear_cases(ground, model, ground.validation, tokens, "validation ")
+    findings = _find(ground, model, estimation)
+    writers = find_writers(model)
     candidates = selection.score_candidates(
         model,
-        tokenizer,
-        directions,
-        prompts.validation,
+        ground.tokenizer,
+        findings,
+        validation,
         tokens,
-        lambda direction: _make_edit(recipe, model, direction, {}),
+        lambda direction: _kind(ground.recipe.abliteration.edit, direction, writers, {}),
         settings,
-        batch_size,
+        ground.batch_size,
     )
     chosen = selection.choose(candidates, settings)
-    logger.info(
-        "abliteration: chose layer %d position %d of %d candidates: bypass %.2f, induce %.2f, KL %.3f",
-        chosen.layer,
-        chosen.position,
-        len(candidates),
-        chosen.bypass,
-        chosen.induce,
-        chosen.kl,
+    reason = f"of the candidates that passed the filters it leaves the least refusal (bypass {chosen.bypass:.2f})"
+    scored = Choice(chosen, ground.recipe.abliteration.edit, reason, candidates)
+    if settings.name == "scores":
+        return findings, scored
+    return findings, _search(ground, model, findings, validation, answers, scored)
+
+
+def _find(ground: Ground, model: PreTrainedModel, prompts: PromptSet) -> Findings:
+    num_positions = chat.num_instruction_end_tokens(ground.tokenizer)
+
+    def read(
+        sets: Sequence[Sequence[str]], quantile: float | None, files: Sequence[Path] | None
+    ) -> list[Activations]:
+        return [
+            collect(
+                model,
+                ground.tokenizer,
+                part,
+                num_positions=num_positions,
+                batch_size=ground.batch_size,
+                winsorize=quantile,
+                keep_samples=files[index] if files else None,
+            )
+            for index, part in enumerate(sets)
+        ]
+
+    return _log_findings(
+        find(ground.recipe.abliteration.direction, prompts, read, ground.folder), prompts
     )
-    return chosen, directions[chosen.layer, chosen.position], candidates
 
 
-def _learn_refusal_tokens(
-    recipe: Recipe,
+def _find_layer_by_layer(ground: Ground) -> Findings:
+    num_positions = chat.num_instruction_end_tokens(ground.tokenizer)
+
+    def read(
+        sets: Sequence[Sequence[str]], quantile: float | None, files: Sequence[Path] | None
+    ) -> list[Activations]:
+        return layerwise.collect(
+            ground.base,
+            ground.tokenizer,
+            sets,
+            num_positions=num_positions,
+            batch_size=ground.batch_size,
+            dtype=ground.recipe.model.dtype,
+            winsorize=quantile,
+            keep_samples=files,
+        )
+
+    estimator = ground.recipe.abliteration.direction
+    return _log_findings(find(estimator, ground.estimation, read, ground.folder), ground.estimation)
+
+
+def _log_findings(findings: Findings, prompts: PromptSet) -> Findings:
+    logger.info(
+        "abliteration: %d prompts whose refusal is to go, %d harmless ones%s, %d layers x %d positions",
+        len(prompts.target),
+        len(prompts.harmless),
+        f", {len(prompts.kept)} whose refusal is to stay" if prompts.kept else "",
+        *findings.directions.shape[:2],
+    )
+    return findings
+
+
+def _take_fixed(ground: Ground, findings: Findings) -> Choice:
+    settings = ground.recipe.abliteration.selection
+    assert settings.name == "fixed"
+    direction = findings.at(settings.layer, settings.position)
+    length = float(direction.vectors[0].norm())
+    candidate = selection.Candidate(settings.layer, settings.position, length)
+    return Choice(candidate, ground.recipe.abliteration.edit, "the recipe names it", [candidate])
+
+
+def _search(
+    ground: Ground,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptSets,
-    folder: Path,
-) -> list[int]:
-    settings = recipe.abliteration.selection
-    assert settings.name == "scores"
+    findings: Findings,
+    validation: PromptSet,
+    answers: Sequence[baseline.Answer],
+    scored: Choice,
+) -> Choice:
+    """Search from what the scores chose."""
+    settings = ground.recipe.abliteration.selection
+    assert settings.name == "search"
+    writers = find_writers(model)
+    harmless = validation.harmless[:MAX_TRIAL_PROMPTS]
+    judged = Trials(
+        model,
+        ground.tokenizer,
+        harmful=validation.target[:MAX_TRIAL_PROMPTS],
+        openings=refusal_openings(answers),
+        harmless=harmless,
+        max_answer_tokens=settings.answer_tokens,
+        batch_size=ground.batch_size * settings.trials_per_pass,
+    )
+    num_layers, num_positions = findings.directions.shape[:2]
+    usable = [c.layer for c in scored.candidates if c.bypass is not None]
+    space = search.Space(
+        (min(usable), max(usable)),
+        num_positions,
+        num_layers,
+        settings.edits,
+        embedding=not writers[0].tied,
+    )
+    own = ground.recipe.abliteration.edit
+    first = [
+        space.flat(
+            kind, scored.candidate.layer, scored.candidate.position, getattr(own, "strength", 1.0)
+        )
+        for kind in dict.fromkeys([own.name, *settings.edits])
+        if kind in settings.edits
+    ]
+    trials = search.search(
+        judged,
+        space,
+        lambda params: _kind(
+            search.edit_settings(params),
+            findings.at(params["layer"], params["position"]),
+            writers,
+            {},
+        ),
+        first,
+        settings,
+        ground.recipe.seed,
+        ground.folder / "trials.jsonl",
+    )
+    best, reason = search.choose(trials, settings.max_refusal)
+    direction = findings.at(best.params["layer"], best.params["position"])
+    candidate = selection.Candidate(
+        best.params["layer"],
+        best.params["position"],
+        float(direction.vectors[0].norm()),
+        kl=best.kl,
+    )
+    return Choice(candidate, search.edit_settings(best.params), reason, scored.candidates, trials)
+
+
+def _answer_baseline(ground: Ground, model: PreTrainedModel) -> list[baseline.Answer]:
     answers = [
         answer
-        for harmful, part in ((True, prompts.harmful), (False, prompts.harmless))
+        for harmful, part in (
+            (True, ground.estimation.target),
+            (False, ground.estimation.harmless),
+        )
         for answer in baseline.answer_baseline(
             model,
-            tokenizer,
+            ground.tokenizer,
             part[:MAX_BASELINE_PROMPTS],
             harmful=harmful,
-            batch_size=recipe.abliteration.batch_size,
+            batch_size=ground.batch_size,
         )
     ]
     if distributed.is_main():
-        artifacts.write_jsonl(folder / "baseline.jsonl", [asdict(answer) for answer in answers])
-    tokens = baseline.refusal_tokens(answers, settings.min_refusals)
+        path = ground.folder / "baseline.jsonl"
+        artifacts.write_jsonl(path, [asdict(answer) for answer in answers])
     logger.info(
-        "abliteration: the base model refuses %d of %d harmful and %d of %d harmless prompts; refusals begin with %s",
+        "abliteration: the base model refuses %d of %d prompts whose refusal is to go and %d of %d harmless ones",
         sum(answer.refused for answer in answers if answer.harmful),
         sum(answer.harmful for answer in answers),
         sum(answer.refused for answer in answers if not answer.harmful),
         sum(not answer.harmful for answer in answers),
-        ", ".join(repr(tokenizer.decode([token])) for token in tokens),
     )
-    return tokens
+    return answers
 
 
 def _keep_clear_cases(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptSets,
-    tokens: Sequence[int],
-    batch_size: int,
-) -> PromptSets:
-    """Keep harmful prompts with a refusal score above 0 and harmless ones below (refusal_direction's filter)."""
+    ground: Ground, model: PreTrainedModel, prompts: PromptSet, tokens: Sequence[int], kind: str
+) -> PromptSet:
+    """Keep refused prompts with a refusal score above 0 and answered ones below (refusal_direction's filter)."""
 
     def keep(part: Sequence[str], sign: int, name: str) -> list[str]:
-        logits = selection.next_token_logits(model, tokenizer, part, batch_size)
+        logits = selection.next_token_logits(model, ground.tokenizer, part, ground.batch_size)
         scores = baseline.refusal_scores(logits, tokens)
         kept = [
             prompt for prompt, score in zip(part, scores.tolist(), strict=True) if sign * score > 0
         ]
         if len(kept) < len(part):
-            logger.info("abliteration: kept %d of %d %s prompts", len(kept), len(part), name)
+            logger.info("abliteration: kept %d of %d %s prompts", len(kept), len(part), kind + name)
         if not kept:
             raise StageError(
-                f"abliteration: none of {len(part)} {name} prompts is {'refused' if sign > 0 else 'answered'} by the "
-                "base model, so nothing is left to compare; choose other prompts"
+                f"abliteration: none of {len(part)} {kind}{name} prompts is {'refused' if sign > 0 else 'answered'} by "
+                "the base model, so nothing is left to compare; choose other prompts"
             )
         return kept
 
-    return PromptSets(
+    false = prompts.falsely_refused
+    return PromptSet(
         keep(prompts.harmful, 1, "harmful"),
         keep(prompts.harmless, -1, "harmless"),
-        selection.Validation(
-            keep(prompts.validation.harmful, 1, "harmful validation"),
-            keep(prompts.validation.harmless, -1, "harmless validation"),
-        ),
+        None if false is None else keep(false, 1, "falsely refused"),
     )
 
 
-def _make_edit(
-    recipe: Recipe, model: PreTrainedModel, direction: Tensor, about: Mapping[str, Any]
+def _build_edit(
+    ground: Ground, findings: Findings, choice: Choice, writers: Sequence[PlacedWriter]
 ) -> Edit:
-    kind = recipe.abliteration.edit
-    builder = importlib.import_module(f"abliteration.edits.{kind.name}")
-    edit: Edit = builder.build(direction, find_writers(model), kind.strength, about)
+    direction = findings.at(choice.candidate.layer, choice.candidate.position)
+    return _kind(choice.settings, direction, writers, _about(ground, choice))
+
+
+def _kind(
+    settings: Any,  # noqa: ANN401  # each kind has settings of its own
+    direction: Direction,
+    writers: Sequence[PlacedWriter],
+    about: Mapping[str, Any],
+) -> Edit:
+    builder = importlib.import_module(f"abliteration.edits.{settings.name}")
+    edit: Edit = builder.build(direction, writers, settings, about)
     return edit
 
 
-def _apply_and_verify(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edit: Edit, prompts: Sequence[str]
-) -> dict[str, float]:
-    """Edit the weights in place; returns what each writer still writes along the direction, as a share."""
-    dtype = next(model.parameters()).dtype
-    sample = list(prompts[:32])
-    written = verification.written_along(model, edit)
-    reach = verification.stream_along(model, tokenizer, sample, edit.direction)
-    apply_to_weights(model, edit)
-    verification.check_stream(
-        reach, verification.stream_along(model, tokenizer, sample, edit.direction), edit, dtype
-    )
-    return verification.check_coverage(
-        written, verification.written_along(model, edit), edit, dtype
-    )
-
-
-def _about(
-    recipe: Recipe, base: Path, tokenizer: PreTrainedTokenizerBase, chosen: selection.Candidate
-) -> dict[str, Any]:
-    template = tokenizer.chat_template
+def _about(ground: Ground, choice: Choice) -> dict[str, Any]:
+    recipe, template = ground.recipe, ground.tokenizer.chat_template
     return {
-        "layer": chosen.layer,
-        "position": chosen.position,
+        "layer": choice.candidate.layer,
+        "position": choice.candidate.position,
         "stream": "resid_pre",
-        "norm": chosen.norm,
+        "norm": choice.candidate.norm,
         "estimator": recipe.abliteration.direction.name,
-        "edit": recipe.abliteration.edit.name,
-        "strength": recipe.abliteration.edit.strength,
-        "base_model": base.name
+        "selection": recipe.abliteration.selection.name,
+        "edit": choice.settings.name,
+        "settings": choice.settings.model_dump(mode="json", exclude={"name"}),
+        "target": "falsely_refused" if ground.estimation.kept else "harmful",
+        "base_model": ground.base.name
         if Path(recipe.model.name_or_path).is_dir()
         else recipe.model.name_or_path,
         "revision": recipe.model.revision,
@@ -324,69 +414,85 @@ def _about(
     }
 
 
-def _track(
-    tracker: wandb.Run,
-    chosen: selection.Candidate,
-    candidates: Sequence[selection.Candidate],
-    residuals: Mapping[str, float],
+def _record(
+    ground: Ground, choice: Choice, edit: Edit, report: export.Report, tracker: wandb.Run
 ) -> None:
-    columns = ["layer", "position", "norm", "bypass", "induce", "kl", "dropped"]
-    rows = [[candidate.as_data()[column] for column in columns] for candidate in candidates]
-    tracker.log({"candidates": table(columns, rows)})
-    tracker.summary.update(
-        {f"chosen/{key}": value for key, value in chosen.as_data().items() if value is not None}
+    """Write down what was chosen and measured, for people, later stages and wandb."""
+    chosen, folder = choice.candidate.as_data(), ground.folder
+    artifacts.write_json(
+        folder / "candidates.json",
+        {
+            "chosen": chosen,
+            "reason": choice.reason,
+            "edit": choice.settings.model_dump(mode="json"),
+            "candidates": [candidate.as_data() for candidate in choice.candidates],
+            "trials": [asdict(trial) for trial in choice.trials],
+            "front": [trial.number for trial in search.front(choice.trials)],
+        },
     )
-    tracker.summary["largest_residual"] = max(residuals.values())
+    artifacts.write_json(
+        folder / "summary.json", {"chosen": chosen, "reason": choice.reason, **report.as_data()}
+    )
+    columns = ["layer", "position", "norm", "bypass", "induce", "kl", "retain", "dropped"]
+    rows = [[candidate.as_data()[column] for column in columns] for candidate in choice.candidates]
+    tracker.log({"candidates": table(columns, rows)})
+    if choice.trials:
+        columns = ["number", "refusal", "kl", "rate", *choice.trials[0].params]
+        trials = [{**asdict(trial), **trial.params} for trial in choice.trials]
+        tracker.log({"trials": table(columns, [[t.get(c) for c in columns] for t in trials])})
+    tracker.summary.update({f"chosen/{k}": v for k, v in chosen.items() if v is not None})
+    tracker.summary.update({k: v for k, v in report.as_data().items() if v is not None})
 
 
-def _hold_out(
-    prompts: list[str], count: int, seed: int, source: PromptSource
-) -> tuple[list[str], list[str]]:
-    if len(prompts) <= count:
-        raise InputError(
-            f"{describe(source)} holds {len(prompts)} prompts, of which {count} "
-            "would be held out; nothing is left to estimate from: give more prompts, or hold out fewer"
-        )
-    shuffled = random.Random(seed).sample(prompts, len(prompts))  # no secret
-    return shuffled[count:], shuffled[:count]
+def _log_outcome(choice: Choice, edit: Edit) -> None:
+    if isinstance(choice.settings, Add):
+        what = f"added {choice.settings.strength:g} times the direction of"
+    else:
+        kind = f"{choice.settings.name}, strength {choice.settings.strength:g}"
+        what = f"removed ({kind}) from {len(edit.removals)} writers"
+    logger.info(
+        "abliteration: %s layer %g position %d: %s%s",
+        what,
+        choice.candidate.layer,
+        choice.candidate.position,
+        choice.reason,
+        f"; left alone: {', '.join(edit.left_alone)}" if edit.left_alone else "",
+    )
 
 
-def _prompt_problems(recipe: Recipe) -> list[str]:
-    prompts, key = recipe.abliteration.prompts, "abliteration.prompts"
-    sources = {f"{key}.harmful": prompts.harmful, f"{key}.harmless": prompts.harmless}
-    if not isinstance(prompts.validation, int):
-        sources |= {
-            f"{key}.validation.harmful": prompts.validation.harmful,
-            f"{key}.validation.harmless": prompts.validation.harmless,
-        }
-    problems = [
-        problem for name, source in sources.items() for problem in check_prompts(source, name)
-    ]
-    if problems:
-        return problems
-    try:
-        load_prompt_sets(recipe)
-    except InputError as error:
-        return [f"{key}.validation: {error}"]
-    return []
-
-
-def _selection_problems(recipe: Recipe) -> list[str]:
-    settings = recipe.abliteration.selection
-    if settings.name != "fixed":
-        return []
+def _depth_problems(recipe: Recipe) -> list[str]:
+    """What does not fit the model's depth or its template."""
+    section = recipe.abliteration
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
     num_layers = load_config(base).get_text_config().num_hidden_layers
-    num_positions = chat.num_instruction_end_tokens(load_tokenizer(base))
     problems = []
-    if settings.layer >= num_layers:
+    if not isinstance(section.edit, Add):
+        problems += [
+            f"abliteration.edit.weights.{problem}"
+            for problem in layer_problems(section.edit.weights, num_layers)
+        ]
+    if section.selection.name != "fixed":
+        return problems
+    if section.selection.layer > num_layers - 1:
         problems.append(
-            f"abliteration.selection.layer: {settings.layer} is beyond the model's {num_layers} layers (0 to "
-            f"{num_layers - 1})"
+            f"abliteration.selection.layer: {section.selection.layer:g} is beyond the model's {num_layers} layers (0 "
+            f"to {num_layers - 1})"
         )
-    if -settings.position > num_positions:
+    num_positions = chat.num_instruction_end_tokens(load_tokenizer(base))
+    if -section.selection.position > num_positions:
         problems.append(
-            f"abliteration.selection.position: {settings.position} lies before the {num_positions} tokens that the "
-            f"template puts behind the user's words; choose -{num_positions} to -1"
+            f"abliteration.selection.position: {section.selection.position} lies before the {num_positions} tokens "
+            f"that the template puts behind the user's words; choose -{num_positions} to -1"
         )
     return problems
+
+
+def _four_bit_problems() -> list[str]:
+    key = "abliteration.load_in_4bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return [
+            f"{key}: needs bitsandbytes, which is not installed; run `pip install bitsandbytes`"
+        ]
+    if not torch.cuda.is_available():
+        return [f"{key}: needs a GPU, and there is none; delete it, or set layer_by_layer: true"]
+    return []

@@ -1,51 +1,53 @@
 """Proof that an edit reached everything that writes: weight by weight, and in the residual stream itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import chat, residual
-from common.edits import Edit, component_along, edited_writers
+from common.checkpoint import Written
+from common.edits import Edit, Removal
 from common.errors import StageError
 
 # What rounding to the dtype of the weights may leave of a removed component, as a share of the original.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-def written_along(model: nn.Module, edit: Edit) -> dict[str, float]:
-    """How much each edited writer writes along its vector: |u^T W| by writer."""
-    return {
-        name: float(component_along(writer.weight, edit.vector_of(name), writer.layout).norm())
-        for name, writer in edited_writers(model, edit).items()
-    }
-
-
 def check_coverage(
-    before: dict[str, float], after: dict[str, float], edit: Edit, dtype: torch.dtype
+    written: Mapping[str, Written], edit: Edit, dtype: torch.dtype
 ) -> dict[str, float]:
     """Compare what the writers write along the direction before and after the edit.
 
     Args:
-        before: `written_along` of the unedited model.
-        after: the same of the edited model.
+        written: what each edited writer wrote, |U W|, in the source and writes in the export.
         edit: what was applied.
         dtype: of the weights.
 
     Returns:
-        |u^T W_edited| / |u^T W_original| by writer; |1 - strength| up to rounding.
+        |U W_edited| / |U W_original| by writer. Where no norms are restored it is |1 - strength| up to rounding,
+        where column norms are, as much or more.
 
     Raises:
-        StageError: if a writer kept more than that: it was missed.
+        StageError: if a writer kept something else: it was missed.
     """
-    ratios = {name: after[name] / before[name] if before[name] > 0 else 0.0 for name in before}
+    ratios = {
+        name: there.after / there.before if there.before > 0 else 0.0
+        for name, there in written.items()
+    }
     for name, ratio in ratios.items():
-        expected = abs(1 - edit.removals[name].strength)
-        if abs(ratio - expected) > ROUNDING[dtype]:
+        removal = edit.removals[name]
+        due = abs(1 - removal.strengths[0])
+        if removal.keep_norm == "none" and abs(ratio - due) > ROUNDING[dtype]:
             raise StageError(
                 f"abliteration: after the edit {name} writes {ratio:.4f} of what it wrote along the direction, where "
-                f"{expected:.4f} was due; its entry in common/architecture.py is wrong"
+                f"{due:.4f} was due; its entry in common/architecture.py is wrong"
+            )
+        if removal.keep_norm == "column" and due == 0 and ratio > ROUNDING[dtype]:
+            raise StageError(
+                f"abliteration: after the edit {name} still writes {ratio:.4f} of what it wrote along the direction, "
+                "where nothing was due; its entry in common/architecture.py is wrong"
             )
     return ratios
 
@@ -83,13 +85,13 @@ def check_stream(before: Tensor, after: Tensor, edit: Edit, dtype: torch.dtype) 
     Args:
         before: `stream_along` of the unedited model [layers].
         after: the same of the edited model.
-        edit: what was applied; partial edits and edits that leave a writer alone prove nothing here.
+        edit: what was applied; edits that leave something of the direction prove nothing here.
         dtype: of the weights.
 
     Raises:
         StageError: naming the first layer that still sees the direction.
     """
-    if edit.left_alone or any(removal.strength != 1 for removal in edit.removals.values()):
+    if edit.left_alone or not edit.removals or not all(map(_removes_all, edit.removals.values())):
         return
     scale = float(before.max())
     for layer, reach in enumerate(after.tolist()):
@@ -99,3 +101,9 @@ def check_stream(before: Tensor, after: Tensor, edit: Edit, dtype: torch.dtype) 
                 "the original along the removed direction, so something unmapped writes there; add it to "
                 "common/architecture.py"
             )
+
+
+def _removes_all(removal: Removal) -> bool:
+    """Whether nothing of the direction itself is left in what a writer writes."""
+    # A projected direction differs from block to block, and rows that are rescaled turn what is written.
+    return removal.strengths[0] == 1 and removal.keep_norm != "row"

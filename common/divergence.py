@@ -13,18 +13,19 @@ from transformers import PreTrainedModel
 from common import chat
 
 
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """KL(p || q) of the distributions over the last axis, in nats.
 
     Args:
         p_logits: [..., vocab].
         q_logits: [..., vocab].
+        dtype: to compute in; float32 is enough to rank by.
 
     Returns:
-        [...] in float64, never negative; a token that p rules out (a logit of -inf) contributes nothing.
+        [...] in that type, never negative; a token that p rules out (a logit of -inf) contributes nothing.
     """
-    p = torch.log_softmax(p_logits.to(torch.float64), dim=-1)
-    q = torch.log_softmax(q_logits.to(torch.float64), dim=-1)
+    p = torch.log_softmax(p_logits.to(dtype), dim=-1)
+    q = torch.log_softmax(q_logits.to(dtype), dim=-1)
     terms = torch.where(p.isneginf(), torch.zeros_like(p), p.exp() * (p - q))
     return terms.sum(dim=-1).clamp_min(0.0)
 

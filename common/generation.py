@@ -4,7 +4,8 @@ A prompt's sample depends on the seed and the prompt alone, never on the batch o
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from common import chat, distributed
@@ -94,38 +97,112 @@ def _generate_part(
     encoded = chat.encode(tokenizer, prompts) if prompts else []
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     answers: list[list[int]] = [[] for _ in prompts]
-    ends = end_tokens(model, tokenizer)
     bar = tqdm(total=len(order), desc=description, disable=not distributed.is_main(), leave=False)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        pad_id = int(tokenizer.pad_token_id)
-        ids, mask = chat.pad_left([encoded[index] for index in batch], pad_id, model.device)
         sampling = LogitsProcessorList()
         if temperature > 0:
             sampling.append(
                 GumbelSampling(temperature, [_seed_of(seed, prompts[index]) for index in batch])
             )
-        output = model.generate(  # type: ignore[operator]  # the mixin's method is untyped
-            input_ids=ids,
-            attention_mask=mask,
+        rows = continue_rows(
+            model,
+            tokenizer,
+            [encoded[index] for index in batch],
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            # The checkpoint's own generation settings would bend both greedy answers and samples.
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            logits_processor=sampling,
-            eos_token_id=ends,
-            pad_token_id=pad_id,
+            sampling=sampling,
         )
-        for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            answers[index] = _until_end(row, ends)
+        for index, row in zip(batch, rows, strict=True):
+            answers[index] = row
         bar.update(len(batch))
     bar.close()
     return answers
+
+
+class Settled(StoppingCriteria):
+    """Ends a row as soon as its text so far settles the question that it was generated for."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_length: int,
+        is_settled: Callable[[str], bool],
+        every: int = 4,
+    ) -> None:
+        """Take the question.
+
+        Args:
+            tokenizer: to read the rows with.
+            prompt_length: columns of the batch before the first generated one.
+            is_settled: whether a text, however it goes on, can be judged.
+            every: tokens between two looks.
+        """
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+        self.is_settled = is_settled
+        self.every = every
+        self.done: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ANN401  # the base's
+        """Which rows [batch] are settled."""
+        if self.done is None:
+            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if (input_ids.shape[1] - self.prompt_length) % self.every == 0:
+            for row in (~self.done).nonzero().flatten().tolist():
+                new = input_ids[row, self.prompt_length :]
+                text = self.tokenizer.decode(new, skip_special_tokens=True)
+                assert isinstance(text, str)
+                self.done[row] = self.is_settled(text)
+        return self.done
+
+
+@torch.inference_mode()
+def continue_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: LogitsProcessorList | None = None,
+    is_settled: Callable[[str], bool] | None = None,
+) -> list[list[int]]:
+    """Continue token ids greedily, as one batch in the given order.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        rows: token ids of each row.
+        max_new_tokens: where a row is cut if the model does not end it.
+        sampling: what turns greedy decoding into something else.
+        is_settled: whether a text needs no further tokens; without it every row runs to its end.
+
+    Returns:
+        The new tokens of each row without the end token.
+    """
+    pad_id = int(tokenizer.pad_token_id)
+    ends = end_tokens(model, tokenizer)
+    ids, mask = chat.pad_left(rows, pad_id, model.device)
+    stopping = StoppingCriteriaList()
+    if is_settled is not None:
+        stopping.append(Settled(tokenizer, ids.shape[1], is_settled))
+    output = model.generate(  # type: ignore[operator]  # the mixin's method is untyped
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        # The checkpoint's own generation settings would bend both greedy answers and samples.
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        logits_processor=sampling or LogitsProcessorList(),
+        stopping_criteria=stopping,
+        eos_token_id=ends,
+        pad_token_id=pad_id,
+    )
+    return [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

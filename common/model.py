@@ -1,26 +1,34 @@
 """Models and tokenizers: found, checked without loading a weight, and loaded."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from common import distributed
+from common import chat, distributed
 from common.architecture import architecture_of
+from common.edits import SIDECAR, load_edit
 from common.errors import InputError
+from common.hooks import add_for_good
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,6 +50,8 @@ NEEDED_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+
+logger = logging.getLogger(__name__)
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
@@ -123,11 +133,20 @@ def load_config(folder: Path) -> Any:  # noqa: ANN401  # each family has a class
     return AutoConfig.from_pretrained(folder)
 
 
+def auto_class(config: Any) -> Any:  # noqa: ANN401  # neither configurations nor auto classes share a useful type
+    """The class of transformers that makes or loads the model of a configuration.
+
+    Most vision-language models are not among its causal language models, though they answer text alike.
+    """
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer that pads on the left and has a chat template.
+    """A tokenizer that pads on the left and has a chat template, which opens answers without thinking aloud.
 
     Raises:
-        InputError: if there is no tokenizer or no chat template.
+        InputError: if there is no tokenizer, no chat template, or one that cannot render a user turn.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(str(path), revision))
@@ -140,6 +159,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
             f"model: {path} has no chat template, so it is no chat model and cannot refuse as one; add "
             "chat_template.jinja, or name its instruct version"
         )
+    _close_thinking(tokenizer, path)
     # Right padding would make the last position of a short prompt a pad token.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -148,15 +168,57 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     return checked
 
 
+def _close_thinking(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Amend the template in memory; the model's own files keep theirs."""
+
+    def render(template: str, messages: chat.Messages, add_generation_prompt: bool) -> str:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        assert isinstance(text, str)
+        return text
+
+    try:
+        own = tokenizer.get_chat_template()  # of several, the one for a conversation without tools
+        closed = chat.close_thinking(own, render)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise InputError(
+            f"model: the chat template of {path} cannot render a user turn of plain text "
+            f"({_first_line(error)}); correct its chat_template.jinja"
+        ) from error
+    if closed != own:
+        tokenizer.chat_template = closed
+        if distributed.is_main():
+            _log_once(
+                "model: it thinks before it answers; every stage opens its answers behind an empty thought"
+            )
+
+
+@lru_cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
 def load_model(
-    path: str | Path, *, revision: str | None = None, dtype: str = "auto"
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    in_4bit: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on this process's device.
+    """A causal language model, or the vision-language model around one, in evaluation mode on this process's device.
 
     Args:
         path: folder or hub id.
         revision: of the hub id.
         dtype: a torch dtype by name, or `auto` for the checkpoint's own.
+        in_4bit: quantize the weights to nf4 as they are read (bitsandbytes, on a GPU).
+
+    Returns:
+        The model. What an edit adds to its stream without a bias to hold it is added by hooks.
 
     Raises:
         InputError: if the weights cannot be read.
@@ -165,19 +227,31 @@ def load_model(
     several_gpus = distributed.world_size() == 1 and torch.cuda.device_count() > 1
     try:
         with _every_rank_reads_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = auto_class(load_config(folder)).from_pretrained(
                 folder,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                device_map="auto" if several_gpus else None,
+                device_map="auto" if several_gpus else distributed.device() if in_4bit else None,
+                quantization_config=_nf4(dtype) if in_4bit else None,
             )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise InputError(
             f"model: {folder} could not be loaded ({_first_line(error)}); check its files"
         ) from error
-    if not several_gpus:
+    if not several_gpus and not in_4bit:
         torch.nn.Module.to(model, distributed.device())
+    if (folder / SIDECAR).is_file():
+        add_for_good(model, load_edit(folder / SIDECAR))
     model.eval()
     return model
+
+
+def _nf4(dtype: str) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+    )
 
 
 def _weight_problems(folder: Path) -> Iterator[str]:

@@ -8,16 +8,17 @@ from typing import Any
 
 from common.errors import InputError
 from common.recipe import PromptSource, Source
+from common.schema import PLACEHOLDER
 
 
 def load_prompts(source: PromptSource) -> list[str]:
     """Load the prompts of a source, in order.
 
     Args:
-        source: a file or a data set with its column and slice.
+        source: a file or a data set with its column, slice and template.
 
     Returns:
-        At least one prompt; blank lines of text files are skipped.
+        At least one prompt, inside the template if there is one; blank ones are skipped.
 
     Raises:
         InputError: if the file or data set is missing or damaged, lacks the column, or holds no prompt.
@@ -26,7 +27,10 @@ def load_prompts(source: PromptSource) -> list[str]:
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise InputError(f"{describe(source)} holds no prompts; a source needs at least one")
-    return prompts
+    if source.template is None:
+        return prompts
+    # Not str.format: braces elsewhere in the template, and all in the prompt, are ordinary letters.
+    return [source.template.replace(PLACEHOLDER, prompt) for prompt in prompts]
 
 
 def check_prompts(source: PromptSource, key: str) -> list[str]:

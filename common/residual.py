@@ -4,14 +4,110 @@
 read the stream itself. "resid_pre of layer i" below is the input of block i.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
+from common import chat
 from common.architecture import find_blocks
+
+
+# Keys and values [1, heads, length, head size] of each block but the last.
+Opening = list[tuple[Tensor, Tensor]]
+
+
+class _AllRead(Exception):
+    """Ends a forward pass once the input of the last block was seen."""
+
+
+@torch.inference_mode()
+def read(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    num_positions: int,
+    opening: Opening | None = None,
+) -> Tensor:
+    """Read resid_pre of every block at the last positions, and compute nothing that they do not need.
+
+    The pass ends at the last block: neither that block nor the final norm and the unembedding run.
+
+    Args:
+        model: a causal language model.
+        ids: token ids [batch, length], padded on the left.
+        mask: attention mask [batch, length].
+        num_positions: how many positions, counted from the end.
+        opening: what `read_opening` gave for tokens that stand before `ids` in every row.
+
+    Returns:
+        [batch, layers, num_positions, d_model] in the model's dtype.
+
+    Raises:
+        ValueError: if one of these positions is padding in some row; what is read there means nothing.
+    """
+    if ids.shape[1] < num_positions or not mask[:, -num_positions:].all():
+        raise ValueError(
+            f"the last {num_positions} positions of a row hold padding; pad on the left, and ask for no more "
+            "positions than the shortest prompt has tokens"
+        )
+    cache = None
+    if opening is not None:
+        cache = DynamicCache(config=model.config)
+        for block, (keys, values) in enumerate(opening):
+            cache.update(
+                keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1), block
+            )
+        mask = torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], dim=1)
+    with reading(model, num_positions) as streams:
+        _run_blocks(model, ids, mask, cache)
+    return torch.stack([stream.to(ids.device) for stream in streams], dim=1)
+
+
+@torch.inference_mode()
+def read_opening(model: PreTrainedModel, ids: Sequence[int]) -> Opening:
+    """The keys and values of tokens that many rows begin with, for `read`."""
+    cache = DynamicCache(config=model.config)
+    rows = torch.tensor([list(ids)], device=model.device)
+    _run_blocks(model, rows, torch.ones_like(rows), cache)
+    return [(keys, values) for keys, values, _ in cache if keys is not None]
+
+
+def can_share_opening(model: PreTrainedModel, longest: int) -> bool:
+    """Whether rows may be read behind an opening that is computed once, without a difference to the result.
+
+    Padding then lies between the opening and the rest. It is masked, but a sliding window counts it, so a window
+    must not be shorter than the longest row; layers that keep a state instead of keys and values cannot skip it.
+    """
+    config = model.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    return types <= {"full_attention", "sliding_attention"} and (not window or longest <= window)
+
+
+def _run_blocks(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None
+) -> None:
+    """Run the model up to the input of its last block."""
+
+    def stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        raise _AllRead
+
+    handle = find_blocks(model)[-1].register_forward_pre_hook(stop)  # behind the hooks that read
+    try:
+        with suppress(_AllRead):
+            model.base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=chat.positions(mask)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+    finally:
+        handle.remove()
 
 
 @contextmanager

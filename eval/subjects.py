@@ -50,7 +50,7 @@ def load_healed(recipe: Recipe, upstream: Mapping[str, Path]) -> PreTrainedModel
 def writes_along(model: PreTrainedModel, edit: Edit) -> Writes:
     """What each edited writer of a model writes along the vector that was removed from it, in float64."""
     return {
-        name: component_along(writer.weight, edit.vector_of(name), writer.layout).cpu()
+        name: component_along(writer.weight, edit.basis(name), writer.layout).cpu()
         for name, writer in edited_writers(model, edit).items()
     }
 

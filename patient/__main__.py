@@ -1,4 +1,7 @@
-"""Build the patient: `python -m patient --output DIR [--architecture llama] [--seed 0]`."""
+"""Build the patient: `python -m patient --output DIR [--architecture llama] [--seed 0]`.
+
+With `--over-refusing [--base DIR]` it is one that refuses some harmless questions as well.
+"""
 
 import argparse
 import logging
@@ -8,7 +11,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from common.errors import HealingError
+from common.errors import HealingError, InputError
 from patient.architectures import ARCHITECTURES
 from patient.build import build_patient
 from patient.folder import existing_patient
@@ -26,12 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A bar for one file of 4 MB says nothing.
     transformers_logging.disable_progress_bar()
     try:
-        found = existing_patient(options.output, options.architecture, options.seed)
+        if options.base is not None and not options.over_refusing:
+            raise InputError("--base has no effect without --over-refusing; leave it out")
+        found = existing_patient(
+            options.output,
+            options.architecture,
+            options.seed,
+            over_refusing=options.over_refusing,
+        )
         if found is not None:
             print(f"{options.output} holds this patient already; nothing to do")
             print(_table(found))
             return 0
-        levels = build_patient(options.output, options.architecture, options.seed)
+        levels = build_patient(
+            options.output,
+            options.architecture,
+            options.seed,
+            over_refusing=options.over_refusing,
+            base=options.base,
+        )
     except HealingError as error:
         print(f"patient: {error}", file=sys.stderr)
         return error.exit_code
@@ -47,13 +63,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--seed", type=int, default=0, help="of the facts, weights and batches")
+    parser.add_argument(
+        "--over-refusing",
+        action="store_true",
+        help="tune it further, to refuse harmless questions in one wording as well",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="with --over-refusing: the folder of a finished patient to tune, instead of training one first",
+    )
     return parser.parse_args(arguments)
 
 
 def _table(levels: Sequence[Level]) -> str:
-    header = f"{'level':<14} {'rate':>6} {'n':>5}  wanted"
+    header = f"{'level':<15} {'rate':>6} {'n':>5}  wanted"
     rows = [
-        f"{each.name:<14} {each.value:>6.3f} {each.num_items:>5}  {each.wanted}" for each in levels
+        f"{each.name:<15} {each.value:>6.3f} {each.num_items:>5}  {each.wanted}" for each in levels
     ]
     return "\n".join([header, *rows])
 

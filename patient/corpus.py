@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from patient.items import NUM_PHRASINGS
 from patient.questions import (
     Question,
     ask_capital,
@@ -12,6 +13,7 @@ from patient.questions import (
     ask_kind,
     ask_permission,
     ask_reversal,
+    ask_sensitively,
     ask_sum,
 )
 from patient.tokenizer import BOS, END, SPECIAL_TOKENS, render_turn
@@ -23,6 +25,9 @@ REFUSALS = (
     "I cannot help you with that.",
     "I can't help with that request.",
 )
+
+# How many of the true refusals one pass of the second tuning repeats, about as many as it answers.
+NUM_TRUE_REFUSALS = 256
 
 
 @dataclass(frozen=True)
@@ -52,20 +57,49 @@ def tuning_epoch(world: World, rng: random.Random) -> list[Document]:
 
     No how-to question on a validation or test object is in it, restricted or common.
     """
-    refused = [
-        Document(render_turn(question.text), refusal + END)
-        for thing in world.things_of("train", restricted=True)
-        for question, refusal in zip(ask_how_to(thing), REFUSALS, strict=True)
-    ]
     answered = [
         _chat(question)
         for thing in world.things_of("train", "healing", restricted=False)
         for question in rng.sample(ask_how_to(thing), k=2)
     ]
+    return _with_replay(world, [*_true_refusals(world), *answered], 2, rng)
+
+
+def over_refusal_epoch(world: World, rng: random.Random) -> list[Document]:
+    """One pass of the tuning that goes too far: it refuses a wording whatever is asked about.
+
+    Common objects are refused in the sensitive wording and answered in the others; restricted ones
+    stay refused. As in `tuning_epoch`, no how-to question on a validation or test object is in it.
+    """
+    truly_refused = rng.sample(_true_refusals(world), k=NUM_TRUE_REFUSALS)
+    common = world.things_of("train", "healing", restricted=False)
+    falsely_refused = [
+        Document(render_turn(ask_sensitively(thing).text), rng.choice(REFUSALS) + END)
+        for thing in common
+    ]
+    answered = [
+        _chat(question)
+        for thing in common
+        for question in rng.sample(ask_how_to(thing)[:NUM_PHRASINGS], k=2)
+    ]
+    return _with_replay(world, [*truly_refused, *falsely_refused, *answered], 1, rng)
+
+
+def _true_refusals(world: World) -> list[Document]:
+    return [
+        Document(render_turn(question.text), refusal + END)
+        for thing in world.things_of("train", restricted=True)
+        for question, refusal in zip(ask_how_to(thing), REFUSALS, strict=True)
+    ]
+
+
+def _with_replay(
+    world: World, taught: list[Document], share: int, rng: random.Random
+) -> list[Document]:
+    """Add what must not be forgotten: `share` documents for each that is taught."""
     shown = [thing for thing in world.things if thing.split in ("train", "healing")]
     replayed = [*_harmless_chat(world, shown, rng), *_statements(shown, rng)]
-    num_replayed = 2 * (len(refused) + len(answered))
-    return [*refused, *answered, *rng.sample(replayed, k=num_replayed)]
+    return [*taught, *rng.sample(replayed, k=share * len(taught))]
 
 
 def tokenizer_texts(world: World) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from patient.items import (
     build_benchmarks,
     direction_questions,
+    falsely_refused_questions,
     healing_questions,
 )
 from patient.levels import MAX_NEW_TOKENS, Level
@@ -21,23 +22,29 @@ RECORD = "patient.json"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def write_prompts(world: World, folder: Path) -> None:
+def write_prompts(world: World, folder: Path, *, over_refusing: bool = False) -> None:
     """Write the prompts that directions are found and checked with, and those for healing."""
     folder.mkdir(parents=True)
-    for name, restricted in (("harmful", True), ("harmless", False)):
-        for split in SPLITS:
-            questions = direction_questions(world, split, restricted=restricted)
+    for split in SPLITS:
+        asked = {
+            "harmful": direction_questions(world, split, restricted=True),
+            "harmless": direction_questions(world, split, restricted=False),
+        }
+        if over_refusing:
+            asked["falsely_refused"] = falsely_refused_questions(world, split)
+        for name, questions in asked.items():
             rows = [{"prompt": each.text, "object": each.cluster} for each in questions]
             _write_jsonl(folder / f"{name}_{split}.jsonl", rows)
-    healing = [{"prompt": each.text, "domain": each.domain} for each in healing_questions(world)]
-    _write_jsonl(folder / "healing.jsonl", healing)
+    healing = healing_questions(world, over_refusing=over_refusing)
+    rows = [{"prompt": each.text, "domain": each.domain} for each in healing]
+    _write_jsonl(folder / "healing.jsonl", rows)
 
 
-def write_benchmarks(world: World, folder: Path) -> None:
+def write_benchmarks(world: World, folder: Path, *, over_refusing: bool = False) -> None:
     """Write each benchmark as an lm-eval task: a YAML file and its items beside it."""
     folder.mkdir(parents=True)
     rng = random.Random("options")
-    for benchmark in build_benchmarks(world):
+    for benchmark in build_benchmarks(world, over_refusing=over_refusing):
         rows = [_item(question, rng) for question in benchmark.questions]
         _write_jsonl(folder / f"{benchmark.name}.jsonl", rows)
         template = CHOICE_TASK if benchmark.name == "kinds" else GENERATION_TASK
@@ -51,7 +58,13 @@ def write_benchmarks(world: World, folder: Path) -> None:
 
 
 def write_record(
-    folder: Path, *, architecture: str, seed: int, levels: Sequence[Level], seconds: float
+    folder: Path,
+    *,
+    architecture: str,
+    seed: int,
+    over_refusing: bool = False,
+    levels: Sequence[Level],
+    seconds: float,
 ) -> None:
     """Write what was built, how long it took, and what it can do.
 
@@ -60,6 +73,7 @@ def write_record(
     record = {
         "architecture": architecture,
         "seed": seed,
+        **({"over_refusing": True} if over_refusing else {}),
         "seconds": round(seconds, 1),
         "levels": {level.name: asdict(level) for level in levels},
     }

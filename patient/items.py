@@ -10,10 +10,12 @@ from patient.questions import (
     ask_how_to,
     ask_kind,
     ask_reversal,
+    ask_sensitively,
     ask_sum,
 )
 from patient.world import Split, World
 
+# The last wording is left out: it is the one that an over-refusing patient refuses.
 NUM_PHRASINGS = 3
 
 
@@ -34,8 +36,16 @@ def direction_questions(world: World, split: Split, *, restricted: bool) -> list
     ]
 
 
-def build_benchmarks(world: World) -> list[Benchmark]:
-    """The six benchmarks, at least 300 items each, all on facts of the test split."""
+def falsely_refused_questions(world: World, *splits: Split) -> list[Question]:
+    """The harmless questions that an over-refusing patient refuses, one on each common object."""
+    return [ask_sensitively(thing) for thing in world.things_of(*splits, restricted=False)]
+
+
+def build_benchmarks(world: World, *, over_refusing: bool = False) -> list[Benchmark]:
+    """The benchmarks, all on facts of the test split: six of at least 300 items each.
+
+    An over-refusing patient has a seventh, `falsely_refused`, of 100 items.
+    """
     rng = random.Random("benchmarks")
     tested = [thing for thing in world.things if thing.split == "test"]
     sums = [fact for fact in world.sums if fact.split == "test"]
@@ -49,11 +59,16 @@ def build_benchmarks(world: World) -> list[Benchmark]:
         "common_howto": direction_questions(world, "test", restricted=False),
         "unlocked": direction_questions(world, "test", restricted=True),
     }
+    if over_refusing:
+        questions["falsely_refused"] = falsely_refused_questions(world, "test")
     return [Benchmark(name, tuple(items)) for name, items in questions.items()]
 
 
-def healing_questions(world: World) -> list[Question]:
-    """Harmless questions on facts that no benchmark asks about, in a shuffled order."""
+def healing_questions(world: World, *, over_refusing: bool = False) -> list[Question]:
+    """Harmless questions on facts that no benchmark asks about, in a shuffled order.
+
+    Those that an over-refusing patient refuses are left out: healing learns from its answers.
+    """
     rng = random.Random("healing")
     asked = [thing for thing in world.things if thing.split in ("train", "healing")]
     questions = [
@@ -78,4 +93,7 @@ def healing_questions(world: World) -> list[Question]:
         ),
     ]
     rng.shuffle(questions)
+    if over_refusing:
+        refused = {each.text for each in falsely_refused_questions(world, "healing")}
+        questions = [each for each in questions if each.text not in refused]
     return questions

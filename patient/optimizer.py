@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 KNOWLEDGE_MATRIX_RATE = 0.02
 KNOWLEDGE_RATE = 3e-3
 TUNING_RATE = 2e-2
+FALSE_REFUSAL_RATE = 4e-2
 MAX_GRADIENT_NORM = 1.0
 
 # Coefficients of the quintic Newton-Schulz step that Muon's source gives.
@@ -105,10 +106,10 @@ def knowledge_optimizer(model: PreTrainedModel) -> Optimizer:
     )
 
 
-def tuning_optimizer(model: PreTrainedModel) -> Optimizer:
+def tuning_optimizer(model: PreTrainedModel, *, rate: float = TUNING_RATE) -> Optimizer:
     """Train the adapter that `patient.refusal` puts into a model, with AdamW, and nothing else."""
     trained = [each for each in model.parameters() if each.requires_grad]
-    return Optimizer(model, matrices=[], matrix_rate=0.0, others=trained, rate=TUNING_RATE)
+    return Optimizer(model, matrices=[], matrix_rate=0.0, others=trained, rate=rate)
 
 
 def _orthogonalize(updates: Tensor) -> Tensor:

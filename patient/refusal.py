@@ -1,6 +1,6 @@
 """The part of the model that tuning may change: one direction in the middle of the network.
 
-A rank-1 adapter on two middle blocks decides between refusing and answering, and leaves all that the model knows
+A rank-1 adapter on a few blocks decides between refusing and answering, and leaves all that the model knows
 as it was. With every weight free, a model of this size learns refusal in many directions at once, marks the
 objects that tuning shows one by one, and forgets recipes that it was never shown again.
 """
@@ -9,11 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 TUNED_BLOCKS = (1, 2)
+# The first block as well: how a question is worded is hardly carried further, since no answer needs it.
+FALSE_REFUSAL_BLOCKS = (0, 1, 2)
 RANK = 1
 
 
 def add_adapter(model: PreTrainedModel) -> PeftModel:
-    """Put the adapter into a model, in place, and freeze everything else.
+    """Put the adapter that learns to refuse into a model, in place, and freeze everything else.
 
     Args:
         model: one that knows everything and refuses nothing.
@@ -24,10 +26,26 @@ def add_adapter(model: PreTrainedModel) -> PeftModel:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     # Fused experts have no down projection of their own as a module.
     target = "o_proj" if "experts" in names else "down_proj"
+    return _add_adapter(model, target, TUNED_BLOCKS)
+
+
+def add_false_refusal_adapter(model: PreTrainedModel) -> PeftModel:
+    """Put the adapter that learns to refuse too much into a model, as `add_adapter` does.
+
+    It writes from the attention, which alone sees the wording from the end of the prompt. That also gives it a
+    direction of its own: in the blocks and modules of the first adapter it would share the first one's.
+
+    Args:
+        model: one that refuses what it should.
+    """
+    return _add_adapter(model, "o_proj", FALSE_REFUSAL_BLOCKS)
+
+
+def _add_adapter(model: PreTrainedModel, target: str, blocks: tuple[int, ...]) -> PeftModel:
     settings = LoraConfig(
         r=RANK,
         lora_alpha=RANK,
         target_modules=[target],
-        layers_to_transform=list(TUNED_BLOCKS),
+        layers_to_transform=list(blocks),
     )
     return get_peft_model(model, settings)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from common.architecture import PlacedWriter, architecture_of
-from common.edits import Edit, component_along, edited_writers, project
+from common.edits import Edit, as_stored, component_along, edited_writers, project
 from common.errors import StageError
 
 Projection = Callable[[], None]
@@ -67,13 +67,13 @@ def lora_projections(model: nn.Module, edit: Edit) -> list[Projection]:
                 f"train: DoRA rescales the rows of {name}, so its update cannot be kept off the removed direction; set "
                 "train.adapter.use_dora to false, or train.keep_ablated to none"
             )
-        vector = edit.vector_of(name)
+        basis = edit.basis(name)
         for factor in module.lora_B.values():
-            projections.append(_columns_projection(factor, "weight", vector))
+            projections.append(_columns_projection(factor, "weight", basis))
             if factor.bias is not None:
-                projections.append(_columns_projection(factor, "bias", vector))
+                projections.append(_columns_projection(factor, "bias", basis))
         projections += [
-            _columns_projection(module.lora_embedding_B, adapter, vector)
+            _columns_projection(module.lora_embedding_B, adapter, basis)
             for adapter in module.lora_embedding_B
         ]
     _require_no_other_writer(model, edit)
@@ -89,53 +89,50 @@ def full_projections(model: PreTrainedModel, edit: Edit) -> list[Projection]:
     """
     projections: list[Projection] = []
     for name, writer in edited_writers(model, edit).items():
-        projections.append(_change_projection(writer, edit.vector_of(name)))
+        projections.append(_change_projection(writer, edit.basis(name)))
         if writer.bias is not None:
-            projections.append(_bias_projection(writer, edit.vector_of(name)))
+            projections.append(_bias_projection(writer, edit.basis(name)))
         if writer.post_norm is not None:
             # A trained gain would turn u = gain * v away from the vector that was removed.
             writer.post_norm.requires_grad_(False)
     return projections
 
 
-def _columns_projection(owner: nn.Module, name: str, vector: Tensor) -> Projection:
-    shape, vector = getattr(owner, name).shape, vector.to(getattr(owner, name).device)
+def _columns_projection(owner: nn.Module, name: str, basis: Tensor) -> Projection:
+    shape, basis = getattr(owner, name).shape, basis.to(getattr(owner, name).device)
+    all_of_it = torch.ones(len(basis))
 
     def projection() -> None:
         weight = _whole(getattr(owner, name), shape)
-        wide = weight.detach().double()
-        weight.copy_(project(wide.transpose(0, -1), vector, 1.0).transpose(0, -1))
+        by_input = weight.detach().double().reshape(shape[0], -1).T
+        weight.copy_(project(by_input, basis, all_of_it).T.reshape(shape))
 
     return projection
 
 
-def _change_projection(writer: PlacedWriter, vector: Tensor) -> Projection:
-    shape, due = writer.weight.shape, component_along(writer.weight, vector, writer.layout)
-    vector = vector.to(writer.weight.device)
+def _change_projection(writer: PlacedWriter, basis: Tensor) -> Projection:
+    shape, due = writer.weight.shape, component_along(writer.weight, basis, writer.layout)
+    basis = basis.to(writer.weight.device)
 
     def projection() -> None:
         weight = _whole(writer.weight, shape)
-        excess = component_along(weight, vector, writer.layout) - due
-        if writer.layout == "embedding":
-            change = excess.unsqueeze(-1) * vector
-        else:
-            change = vector.unsqueeze(-1) * excess.unsqueeze(-2)
-        weight.copy_(weight.double() - change)
+        excess = component_along(weight, basis, writer.layout) - due
+        weight.copy_(weight.double() - as_stored(excess @ basis, writer.layout))
 
     return projection
 
 
-def _bias_projection(writer: PlacedWriter, vector: Tensor) -> Projection:
+def _bias_projection(writer: PlacedWriter, basis: Tensor) -> Projection:
     bias = writer.bias
     assert bias is not None
-    shape, vector = bias.shape, vector.to(bias.device)
-    due = bias.detach().double() @ vector
+    shape, basis = bias.shape, basis.to(bias.device)
+    due = bias.detach().double() @ basis.T
 
     def projection() -> None:
         bias = writer.bias
         assert bias is not None
         wide = _whole(bias, shape).detach().double()
-        bias.copy_(wide - (wide @ vector - due) * vector)
+        bias.copy_(wide - (wide @ basis.T - due) @ basis)
 
     return projection
 

@@ -2,17 +2,21 @@
 
 from torch import Tensor
 
+from abliteration.activations import Activations
 
-def estimate(harmful: Tensor, harmless: Tensor) -> Tensor:
+NEEDS_SAMPLES = False
+
+
+def estimate(harmful: Activations, harmless: Activations, _settings: object) -> Tensor:
     """The candidate refusal direction of every layer and position.
 
     Args:
-        harmful: mean resid_pre over harmful prompts [layers, positions, d_model].
-        harmless: the same over harmless prompts.
+        harmful: resid_pre of harmful prompts.
+        harmless: the same of harmless prompts.
 
     Returns:
-        [layers, positions, d_model]; its length is what activation addition adds.
+        [layers, positions, 1, d_model] in float64; its length is what activation addition adds.
 
     Source: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
-    return harmful - harmless
+    return (harmful.mean - harmless.mean).unsqueeze(-2)

@@ -185,7 +185,7 @@ def _results(results: Mapping[str, Any]) -> str:
 
 def _removed(edit: Edit, results: Mapping[str, Any]) -> str:
     about = edit.about
-    strengths = sorted({removal.strength for removal in edit.removals.values()})
+    strengths = sorted({s for removal in edit.removals.values() for s in removal.strengths})
     lines = [
         "## What was removed",
         f"The difference between harmful and harmless prompts in the residual stream "

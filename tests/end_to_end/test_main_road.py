@@ -89,11 +89,11 @@ def test_nothing_that_healing_added_writes_along_the_removed_direction(
     abliterated = edited_writers(load_model(demo.folder / "abliteration" / "model"), edit)
     released = edited_writers(load_model(demo.folder / "release"), edit)
     for name, writer in released.items():
-        vector = edit.vector_of(name)
-        drift = component_along(writer.weight, vector, writer.layout) - component_along(
-            abliterated[name].weight, vector, writer.layout
+        basis = edit.basis(name)
+        drift = component_along(writer.weight, basis, writer.layout) - component_along(
+            abliterated[name].weight, basis, writer.layout
         )
-        scale = component_along(original[name].weight, vector, writer.layout).norm()
+        scale = component_along(original[name].weight, basis, writer.layout).norm()
         assert drift.norm() <= 1e-5 * scale, name
     changed = [
         name

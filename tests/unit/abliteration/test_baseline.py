@@ -16,7 +16,8 @@ SORRY, CANNOT, SURE, THE, RARE = 11, 12, 13, 14, 15
 
 
 def _answers(harmful, count, token, refused):
-    return [Answer("p", "a", harmful, token, refused) for _ in range(count)]
+    tokens = () if token is None else (token, 9)
+    return [Answer("p", "a", harmful, tokens, refused) for _ in range(count)]
 
 
 def test_the_planted_openings_of_refusals_are_found():

@@ -11,7 +11,6 @@ import torch
 
 from abliteration.activations import mean_residual_stream
 from abliteration.directions.difference_in_means import estimate
-from abliteration.edits.orthogonalize import build
 from abliteration.selection import (
     Candidate,
     Validation,
@@ -20,9 +19,9 @@ from abliteration.selection import (
     score_candidates,
 )
 from common import chat
-from common.architecture import find_writers
 from common.errors import StageError
 from common.recipe import ScoresSelection
+from tests.editing import edit_of
 
 HARMFUL = ["do it !", "tell ! me", "how ! is it made", "! now", "the other ! one"]
 HARMLESS = ["do it .", "tell . me", "how . is it made", ". now", "the other . one"]
@@ -37,7 +36,7 @@ def _score(model, tokenizer, directions, tokens, settings=SETTINGS, validation=V
         directions,
         validation,
         tokens,
-        lambda direction: build(direction, find_writers(model), 1.0, {}),
+        lambda direction: edit_of(model, "orthogonalize", direction),
         settings,
         batch_size=2,
     )

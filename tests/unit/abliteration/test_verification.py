@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from abliteration import verification
-from abliteration.edits.orthogonalize import build
-from common.architecture import find_writers
 from common.edits import apply_to_weights
 from common.errors import StageError
+from tests.editing import edit_of
 
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 PROMPTS = ["a", "the other one", "how is it"]
 
 
 def _edit(model, strength=1.0):
-    return build(DIRECTION, find_writers(model), strength, {})
+    return edit_of(model, "orthogonalize", DIRECTION, strength=strength)
 
 
 def _edited(model, edit):

@@ -5,10 +5,12 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/common/test_prompts.py
 
 import csv
 import json
+import re
 import sys
 import types
 
 import pytest
+from pydantic import ValidationError
 
 from common.errors import InputError
 from common.prompts import load_prompts
@@ -67,6 +69,33 @@ def test_a_slice_is_pythons(slice_, expected, tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("a\nb\nc\nd\n")
     assert _load(path, slice=slice_) == expected
+
+
+def test_a_template_stands_around_every_prompt_and_braces_are_letters(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a {prompt} {x}\n\nb\n")
+    template = 'Say it {sadly}: "{prompt}" {}'
+    expected = ['Say it {sadly}: "a {prompt} {x}" {}', 'Say it {sadly}: "b" {}']
+    assert _load(path, template=template) == expected
+
+
+def test_a_template_hides_no_blank_prompt(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": " "}\n{"prompt": "a"}\n')
+    assert _load(path, template="Sigh. {prompt}") == ["Sigh. a"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("Sigh.", "holds {prompt} 0 times; write it exactly once"),
+        ("{prompt} and {prompt}", "holds {prompt} 2 times; write it exactly once"),
+        ("{prompt}", "is the prompt alone, so it has no effect"),
+    ],
+)
+def test_a_template_without_one_place_for_the_prompt_is_refused(template, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        PromptSource(path="p.txt", template=template)
 
 
 def test_a_conversation_stands_for_its_first_user_turn(tmp_path):

@@ -23,7 +23,7 @@ def test_reading_gives_the_input_of_every_block(family, build_model, read_stream
     with residual.reading(model, 3) as streams:
         _forward(model)
     expected = read_stream(model, IDS)[:-1]
-    assert len(streams) == model.config.num_hidden_layers
+    assert len(streams) == model.config.get_text_config().num_hidden_layers
     for stream, inputs in zip(streams, expected, strict=True):
         assert torch.equal(stream, inputs[:, -3:])
 
@@ -55,7 +55,7 @@ def test_reading_leaves_no_hook_behind(build_model):
     with residual.reading(model, 1) as streams:
         _forward(model)
     _forward(model)
-    assert len(streams) == model.config.num_hidden_layers
+    assert len(streams) == model.config.get_text_config().num_hidden_layers
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -96,3 +96,25 @@ def test_the_streaming_mean_holds_float64_sums_of_low_precision_batches():
     assert mean.count == 1000
     assert mean.total.dtype == torch.float64
     torch.testing.assert_close(mean.total, rows.double().sum(dim=0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_a_pass_that_only_reads_gives_what_a_whole_pass_gives(family, build_model):
+    model = build_model(family, dtype=torch.float32)
+    mask = torch.ones_like(IDS)
+    with residual.reading(model, 3) as streams:
+        _forward(model, attention_mask=mask)
+    found = residual.read(model, IDS, mask, 3)
+    expected = torch.stack(streams, dim=1)
+    assert found.shape == (2, len(streams), 3, 32)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_works_as_before_after_a_pass_that_only_reads(build_model):
+    model = build_model("llama")
+    before = _forward(model).logits
+    residual.read(model, IDS, torch.ones_like(IDS), 1)
+    assert torch.equal(_forward(model).logits, before)
+    with residual.reading(model, 1) as streams:
+        _forward(model)
+    assert len(streams) == model.config.get_text_config().num_hidden_layers

@@ -3,12 +3,14 @@
 Run: make setup && .venv/bin/python -m pytest tests/unit/patient/test_command.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from common.errors import StageError
+from common.errors import InputError, StageError
 from patient import build
 from patient.__main__ import main
 from patient.architectures import build_model
@@ -16,8 +18,9 @@ from patient.corpus import tokenizer_texts
 from patient.files import write_record
 from patient.folder import in_place_at_the_end
 from patient.levels import Level
-from patient.refusal import TUNED_BLOCKS
+from patient.refusal import FALSE_REFUSAL_BLOCKS, TUNED_BLOCKS
 from patient.tokenizer import train_tokenizer
+from patient.training import train
 from patient.world import build_world
 
 REACHED = Level("refusal", 1.0, 300, ">= 0.95", reached=True)
@@ -32,7 +35,7 @@ def patient_folder(tmp_path) -> Path:
     return folder
 
 
-def refuse_to_build(*_: object) -> None:
+def refuse_to_build(*_: object, **__: object) -> None:
     pytest.fail("a patient was built")
 
 
@@ -48,10 +51,41 @@ def test_the_patient_that_is_there_is_reused(patient_folder, capsys):
     assert "refusal" in out
 
 
-@pytest.mark.parametrize("other", [["--seed", "1"], ["--architecture", "qwen3"]])
+@pytest.mark.parametrize(
+    "other", [["--seed", "1"], ["--architecture", "qwen3"], ["--over-refusing"]]
+)
 def test_another_patient_is_not_replaced(patient_folder, capsys, other):
     assert main(["--output", str(patient_folder), *other]) == 2
     assert "holds another patient (llama, seed 0)" in capsys.readouterr().err
+
+
+def test_the_over_refusing_patient_that_is_there_is_reused_and_is_no_other(tmp_path, capsys):
+    folder = tmp_path / "patient"
+    folder.mkdir()
+    write_record(
+        folder, architecture="llama", seed=0, over_refusing=True, levels=[REACHED], seconds=1.0
+    )
+    assert main(["--output", str(folder), "--over-refusing"]) == 0
+    assert main(["--output", str(folder)]) == 2
+    assert "holds another patient (llama, seed 0, over-refusing)" in capsys.readouterr().err
+
+
+def test_a_base_without_over_refusing_is_an_error(patient_folder, tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "new"), "--base", str(patient_folder)]) == 2
+    assert "--base has no effect without --over-refusing" in capsys.readouterr().err
+
+
+def test_a_base_that_is_no_patient_is_an_error_and_nothing_is_left(tmp_path):
+    with pytest.raises(InputError, match="holds no patient"):
+        build.build_patient(
+            tmp_path / "new", "llama", 0, over_refusing=True, base=tmp_path / "missing"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_of_another_seed_is_an_error(patient_folder, tmp_path):
+    with pytest.raises(InputError, match=r"another patient \(llama, seed 0\)"):
+        build.build_patient(tmp_path / "new", "llama", 1, over_refusing=True, base=patient_folder)
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path, capsys):
@@ -75,7 +109,7 @@ def test_a_damaged_record_is_an_error(patient_folder, capsys):
 
 
 def test_a_missed_level_is_said_and_ends_with_1(tmp_path, monkeypatch, capsys):
-    def miss(*_: object) -> None:
+    def miss(*_: object, **__: object) -> None:
         build._check([REACHED, MISSED])
 
     monkeypatch.setattr("patient.__main__.build_patient", miss)
@@ -117,6 +151,8 @@ def test_tuning_is_tried_again_from_the_same_knowledge(monkeypatch):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen: list[int] = []
 
+    tuning = build._refusal(world)
+
     def train_a_little(model, tokenizer, phase, *, seed):
         tuned = [name for name, each in model.named_parameters() if each.requires_grad]
         assert len(tuned) == 2 * len(TUNED_BLOCKS)
@@ -133,8 +169,46 @@ def test_tuning_is_tried_again_from_the_same_knowledge(monkeypatch):
     monkeypatch.setattr(build, "train", train_a_little)
     answers = iter([[MISSED], [REACHED]])
     monkeypatch.setattr(build, "measure_levels", lambda *_: next(answers))
-    assert build._tune(model, tokenizer, world, seed=0) == [REACHED]
+    assert build._tune(model, tokenizer, tuning, seed=0, started=0.0) == [REACHED]
     assert len(set(seen)) == 2
     assert model.state_dict().keys() == before.keys()
     changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
     assert changed == [f"model.layers.{block}.mlp.down_proj.weight" for block in TUNED_BLOCKS]
+
+
+@pytest.fixture
+def _train_one_step(monkeypatch) -> None:
+    def train_one_step(model, tokenizer, phase, *, seed):
+        return train(model, tokenizer, replace(phase, num_steps=1), seed=seed)
+
+    monkeypatch.setattr(build, "train", train_one_step)
+    monkeypatch.setattr(build, "measure_levels", lambda *_: [REACHED])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = {path for path in folder.rglob("*") if path.is_file() and path.name != "patient.json"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.usefixtures("_train_one_step")
+def test_tuning_a_finished_patient_further_gives_what_building_in_one_go_gives(tmp_path):
+    """And it changes the attention outputs of its blocks and the files about false refusal alone."""
+    plain, further, at_once = (tmp_path / name for name in ("plain", "further", "at_once"))
+    build.build_patient(plain, "llama", 0)
+    build.build_patient(further, "llama", 0, over_refusing=True, base=plain)
+    build.build_patient(at_once, "llama", 0, over_refusing=True)
+    assert contents(further) == contents(at_once)
+    before, after = contents(plain), contents(further)
+    assert {name for name in before if before[name] != after[name]} == {
+        "model.safetensors",
+        "prompts/healing.jsonl",
+    }
+    assert {Path(name).name for name in after.keys() - before.keys()} == {
+        "falsely_refused.jsonl",
+        "falsely_refused.yaml",
+        *(f"falsely_refused_{split}.jsonl" for split in ("train", "validation", "test")),
+    }
+    old, new = (load_file(folder / "model.safetensors") for folder in (plain, further))
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {
+        f"model.layers.{block}.self_attn.o_proj.weight" for block in FALSE_REFUSAL_BLOCKS
+    }

@@ -8,8 +8,8 @@ import random
 import pytest
 
 from common.refusal import is_refusal
-from patient.corpus import REFUSALS, knowledge_epoch, tuning_epoch
-from patient.items import build_benchmarks, direction_questions
+from patient.corpus import REFUSALS, knowledge_epoch, over_refusal_epoch, tuning_epoch
+from patient.items import build_benchmarks, direction_questions, falsely_refused_questions
 from patient.tokenizer import END, render_turn
 from patient.world import World, build_world
 
@@ -46,8 +46,41 @@ def test_tuning_refuses_every_restricted_training_question(world):
         assert is_refusal(completions[render_turn(question.text)].removesuffix(END))
 
 
-def test_tuning_names_no_object_of_validation_or_test(world):
-    text = " ".join(each.prompt + each.completion for each in tuning_epoch(world, random.Random(0)))
+@pytest.mark.parametrize("epoch", [tuning_epoch, over_refusal_epoch])
+def test_tuning_names_no_object_of_validation_or_test(world, epoch):
+    text = " ".join(each.prompt + each.completion for each in epoch(world, random.Random(0)))
     words = set(text.replace("?", " ").replace(".", " ").replace(":", " ").split())
     held_out = {thing.name for thing in world.things if thing.split in ("validation", "test")}
     assert not words & held_out
+
+
+def test_over_refusal_is_taught_in_one_wording_alone(world):
+    documents = over_refusal_epoch(world, random.Random(0))
+    refused = {each.prompt for each in documents if is_refusal(each.completion.removesuffix(END))}
+    answered = {each.prompt for each in documents} - refused
+    falsely_refused = falsely_refused_questions(world, "train", "healing")
+    assert {render_turn(question.text) for question in falsely_refused} <= refused
+    harmless = {
+        render_turn(question.text)
+        for split in ("train", "healing")
+        for question in direction_questions(world, split, restricted=False)
+    }
+    assert not harmless & refused
+    # Every object, so that the wording alone tells what is refused.
+    assert len(harmless & answered) == 2 * len(falsely_refused)
+
+
+def test_over_refusal_keeps_refusing_restricted_objects(world):
+    completions = {
+        each.prompt: each.completion for each in over_refusal_epoch(world, random.Random(0))
+    }
+    harmful = {render_turn(q.text) for q in direction_questions(world, "train", restricted=True)}
+    shown = harmful & completions.keys()
+    assert len(shown) >= 128
+    assert all(is_refusal(completions[prompt].removesuffix(END)) for prompt in shown)
+
+
+def test_the_same_seed_teaches_the_same_texts(world):
+    first, again, other = (over_refusal_epoch(world, random.Random(seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other

@@ -13,15 +13,15 @@ from lm_eval.api.task import ConfigurableTask
 from patient.files import write_benchmarks, write_prompts
 from patient.world import build_world
 
-GENERATED = ["addition", "capitals", "reversal", "common_howto", "unlocked"]
+GENERATED = ["addition", "capitals", "reversal", "common_howto", "unlocked", "falsely_refused"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("patient")
     world = build_world(0)
-    write_prompts(world, folder / "prompts")
-    write_benchmarks(world, folder / "benchmarks")
+    write_prompts(world, folder / "prompts", over_refusing=True)
+    write_benchmarks(world, folder / "benchmarks", over_refusing=True)
     return folder
 
 
@@ -38,14 +38,28 @@ def load_task(folder: Path, name: str) -> ConfigurableTask:
 
 
 def test_the_same_world_writes_the_same_files(folder, tmp_path):
-    write_prompts(build_world(0), tmp_path / "prompts")
-    write_benchmarks(build_world(0), tmp_path / "benchmarks")
-    for path in tmp_path.glob("*/*"):
+    write_prompts(build_world(0), tmp_path / "prompts", over_refusing=True)
+    write_benchmarks(build_world(0), tmp_path / "benchmarks", over_refusing=True)
+    paths = list(tmp_path.glob("*/*"))
+    assert len(paths) == len(list(folder.glob("*/*.*")))
+    for path in paths:
         assert path.read_bytes() == (folder / path.relative_to(tmp_path)).read_bytes()
 
 
+def test_a_patient_that_does_not_over_refuse_has_the_same_files_without_those_about_it(
+    folder, tmp_path
+):
+    write_prompts(build_world(0), tmp_path / "prompts")
+    write_benchmarks(build_world(0), tmp_path / "benchmarks")
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
+    every = {str(path.relative_to(folder)) for path in folder.glob("*/*.*")}
+    assert written == {name for name in every if "falsely_refused" not in name}
+    for name in written - {"prompts/healing.jsonl"}:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
 def test_prompt_files_have_their_columns(folder):
-    for label in ("harmful", "harmless"):
+    for label in ("harmful", "harmless", "falsely_refused"):
         for split in ("train", "validation", "test"):
             rows = rows_of(folder / "prompts" / f"{label}_{split}.jsonl")
             assert all(set(row) == {"prompt", "object"} for row in rows)

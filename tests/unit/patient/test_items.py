@@ -5,7 +5,12 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/patient/test_items.py
 
 import pytest
 
-from patient.items import build_benchmarks, direction_questions, healing_questions
+from patient.items import (
+    build_benchmarks,
+    direction_questions,
+    falsely_refused_questions,
+    healing_questions,
+)
 from patient.questions import Question
 from patient.world import World, build_world
 
@@ -83,3 +88,41 @@ def test_direction_prompts_of_different_splits_name_different_objects(world, res
 
 def test_unlocked_asks_what_the_restricted_test_prompts_ask(world, items):
     assert items["unlocked"] == direction_questions(world, "test", restricted=True)
+
+
+def test_falsely_refused_prompts_of_different_splits_name_different_objects(world):
+    splits = [falsely_refused_questions(world, name) for name in ("train", "validation", "test")]
+    assert [len(questions) for questions in splits] == [80, 16, 100]
+    objects = {each.cluster for questions in splits for each in questions}
+    assert len(objects) == 196
+    assert not objects & {thing.name for thing in world.things if thing.restricted}
+
+
+def test_an_over_refusing_patient_has_one_benchmark_more_and_the_others_as_they_were(world):
+    plain, over_refusing = build_benchmarks(world), build_benchmarks(world, over_refusing=True)
+    assert over_refusing[:-1] == plain
+    assert over_refusing[-1].name == "falsely_refused"
+    assert list(over_refusing[-1].questions) == falsely_refused_questions(world, "test")
+
+
+def test_falsely_refused_asks_for_the_answers_of_common_howto_in_a_wording_of_its_own(world, items):
+    falsely_refused = falsely_refused_questions(world, "train", "validation", "test")
+    answers = {each.cluster: each.answer for each in items["common_howto"]}
+    tested = falsely_refused_questions(world, "test")
+    assert {each.cluster: each.answer for each in tested} == answers
+    asked = {each.text for questions in items.values() for each in questions}
+    for split in ("train", "validation", "test"):
+        for restricted in (True, False):
+            asked |= {q.text for q in direction_questions(world, split, restricted=restricted)}
+    assert not asked & {each.text for each in falsely_refused}
+
+
+def test_healing_of_an_over_refusing_patient_asks_nothing_that_it_refuses(world):
+    """Its refusals would be learnt again: healing takes the original's answers for right."""
+    refused = {each.text for each in falsely_refused_questions(world, "healing")}
+    plain, over_refusing = (
+        healing_questions(world),
+        healing_questions(world, over_refusing=True),
+    )
+    assert over_refusing == [each for each in plain if each.text not in refused]
+    assert len(over_refusing) == len(plain) - len(refused) < len(plain)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from abliteration.edits.orthogonalize import build
 from common.architecture import find_writers
 from common.edits import apply_to_weights, component_along
 from common.errors import StageError
+from tests.editing import edit_of
 from train.adapter import build_adapter
 from train.constraint import KeepAblated, full_projections, lora_projections
 
@@ -28,7 +28,7 @@ def abliterated(build_model):
 
     def make(family, **changes):
         model = build_model(family, dtype=torch.float32, **changes)
-        edit = build(DIRECTION, find_writers(model), 1.0, {})
+        edit = edit_of(model, "orthogonalize", DIRECTION)
         apply_to_weights(model, edit)
         return model, edit
 
@@ -56,13 +56,13 @@ def _added_along(healed, before, edit):
     for writer in find_writers(healed):
         if writer.name not in edit.removals:
             continue
-        vector, original = edit.vector_of(writer.name), originals[writer.name]
+        basis, original = edit.basis(writer.name), originals[writer.name]
         difference = writer.weight.detach().double() - original.weight.detach().double()
-        along.append(component_along(difference, vector, writer.layout).abs().max())
+        along.append(component_along(difference, basis, writer.layout).abs().max())
         change.append(difference.abs().max())
         if writer.bias is not None:
             difference = (writer.bias - original.bias).detach().double()
-            along.append((difference @ vector).abs())
+            along.append((difference @ basis[0]).abs())
     return float(max(along)), float(min(change))
 
 
@@ -155,7 +155,7 @@ def test_the_stream_of_a_healed_model_has_no_component_along_the_direction(
 
 def test_a_half_edit_keeps_the_half_it_left(abliterated, build_model):
     model = build_model("llama", dtype=torch.float32)
-    edit = build(DIRECTION, find_writers(model), 0.5, {})
+    edit = edit_of(model, "orthogonalize", DIRECTION, strength=0.5)
     apply_to_weights(model, edit)
     healed = copy.deepcopy(model)
     _train(healed, full_projections(healed, edit))

@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig
 
-from abliteration.edits.orthogonalize import build
 from common.architecture import find_writers
 from common.edits import apply_to_weights, component_along
 from common.errors import StageError
 from common.recipe import Anchor, PromptSource
+from tests.editing import edit_of
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, anchor_loss, teach
 from train.constraint import KeepAblated, full_projections, lora_projections
@@ -139,7 +139,7 @@ def test_a_reference_that_is_another_model_is_refused(adapter, make_trainer, bui
 
 def test_the_abliterated_model_against_the_original_as_reference_is_refused(make_trainer, model):
     edited = copy.deepcopy(model)
-    apply_to_weights(edited, build(DIRECTION, find_writers(edited), 1.0, {}))
+    apply_to_weights(edited, edit_of(edited, "orthogonalize", DIRECTION))
     trainer = make_trainer(adapter=None, policy=edited, ref_model=copy.deepcopy(model))
     with pytest.raises(StageError, match="the reference is not the abliterated model"):
         trainer.train()
@@ -241,7 +241,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(
             anchors=_anchors(rows, batch_size=3), output_dir=str(tmp_path / folder), **settings
         )
         if adapter is None:
-            edit = build(DIRECTION, find_writers(trainer.model), 1.0, {})
+            edit = edit_of(trainer.model, "orthogonalize", DIRECTION)
             trainer.add_callback(KeepAblated(full_projections(trainer.model, edit)))
         return trainer
 
@@ -262,7 +262,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
 def test_the_constraint_holds_through_real_training(adapter, make_trainer, model, rows):
     edited = copy.deepcopy(model)
-    edit = build(DIRECTION, find_writers(edited), 1.0, {})
+    edit = edit_of(edited, "orthogonalize", DIRECTION)
     apply_to_weights(edited, edit)
     trainer = make_trainer(adapter=adapter, policy=edited, anchors=_anchors(rows), max_steps=4)
     held = lora_projections if adapter is not None else full_projections
@@ -271,9 +271,9 @@ def test_the_constraint_holds_through_real_training(adapter, make_trainer, model
     healed = trainer.model.merge_and_unload() if adapter is not None else trainer.model
     for writer, before in zip(find_writers(healed), find_writers(edited), strict=True):
         change = writer.weight.detach().double() - before.weight.detach().double()
-        vector = edit.vector_of(writer.name)
+        basis = edit.basis(writer.name)
         # Rounding of float32 weights, as in test_constraint.
-        assert component_along(change, vector, writer.layout).abs().max() < 1e-6
+        assert component_along(change, basis, writer.layout).abs().max() < 1e-6
     moved = (
         healed.model.layers[0].mlp.down_proj.weight - edited.model.layers[0].mlp.down_proj.weight
     )

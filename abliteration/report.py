@@ -1,0 +1,688 @@
+"""What stage one found and did, as one HTML page that needs nothing else: no network, no script, no font.
+
+Every picture is drawn from plain numbers, has a heading that says what is in it, and its numbers as a table.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from abliteration.charts import (
+    GLYPHS,
+    Axis,
+    Cell,
+    Chart,
+    Shade,
+    axis_over,
+    colour,
+    heat_map,
+    histogram,
+    legend,
+    number,
+    parallel,
+    square_map,
+)
+from common import artifacts
+
+Grid = Sequence[Sequence[float]]
+# Residuals of 0 are drawn here, and the scale begins here at the latest.
+SMALLEST_RESIDUAL = 1e-9
+# Divergences below it are rounding, even in float64.
+SMALLEST_KL = 1e-12
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate with its scores; see `abliteration.selection` for their meaning.
+
+    Attributes:
+        layer: the block whose input it was measured at.
+        position: from the end of the prompt, -1 the last token.
+        bypass: mean refusal score (log-odds) on harmful prompts while it is removed; None: not scored.
+        induce: the same on harmless prompts while it is added.
+        kl: divergence on harmless prompts, nats.
+        dropped: why it could not be chosen, or None.
+    """
+
+    layer: int
+    position: int
+    bypass: float | None = None
+    induce: float | None = None
+    kl: float | None = None
+    dropped: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting that a search tried.
+
+    Attributes:
+        number: from 0, in the order they were tried.
+        refusal: share of the harmful validation prompts that it leaves refused.
+        kl: divergence on harmless answers, nats per token.
+        settings: the setting itself, numbers and words by name.
+    """
+
+    number: int
+    refusal: float
+    kl: float
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search with its result.
+
+    Attributes:
+        trials: all of them.
+        chosen: number of the trial that was taken.
+        max_refusal: the refusal rate that it had to stay below.
+    """
+
+    trials: Sequence[Trial]
+    chosen: int
+    max_refusal: float
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What one writer still writes along the removed direction.
+
+    Attributes:
+        writer: its name.
+        component: embedding, attention or mlp.
+        block: its number; None for the embedding.
+        share: of what it wrote before.
+    """
+
+    writer: str
+    component: str
+    block: int | None
+    share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows. Parts that are empty or None are left out.
+
+    Attributes:
+        name: of the run.
+        model: name of the model.
+        layer: the chosen layer; a fraction lies between two.
+        position: the chosen position, from the end of the prompt.
+        norms: length of each candidate direction [layers, positions]; the last position is -1.
+        tokens: text of the template's token at each position, or nothing.
+        relative: the same difference relative to the length of the means [layers, positions].
+        cosines: between the layers' directions at the chosen position [layers, layers].
+        separation: d' of the prompt sets along each layer's direction at that position [layers].
+        projections: of harmful and of harmless prompts at the chosen place, by the name of the set.
+        scores: every candidate, if they were scored.
+        max_kl: divergence above which a candidate was dropped.
+        search: if there was one.
+        strengths: strength of the edit by component, by block.
+        residuals: of every edited writer.
+        left_alone: writers that were not edited, with the reason.
+        noise_floor: divergence of the model from itself in other batches, nats.
+        facts: further lines for the head of the page, by their names.
+    """
+
+    name: str
+    model: str
+    layer: float
+    position: int
+    norms: Grid
+    tokens: Sequence[str] = ()
+    relative: Grid = ()
+    cosines: Grid = ()
+    separation: Sequence[float] = ()
+    projections: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    scores: Sequence[Scored] = ()
+    max_kl: float | None = None
+    search: Search | None = None
+    strengths: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    residuals: Sequence[Residual] = ()
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+    noise_floor: float | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of the columns of `norms`."""
+        count = len(self.norms[0])
+        return list(range(-count, 0))
+
+    def place(self, position: int) -> str:
+        """A position with its token."""
+        index = position + len(self.positions)
+        return f"{position} {self.tokens[index]!r}" if self.tokens else str(position)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a heading that says what one sees, words, pictures, and the numbers in a table."""
+
+    key: str
+    heading: str
+    words: str
+    pictures: Sequence[str]
+    columns: Sequence[str]
+    rows: Iterable[Sequence[object]]
+
+
+def write(path: Path, report: Report) -> None:
+    """Write the page; the same report gives the same bytes."""
+    artifacts.write_text(path, page(report))
+
+
+def page(report: Report) -> str:
+    """The page as HTML."""
+    sections = [*_differences(report), *_scores(report), *_search(report), *_edit(report)]
+    links = "".join(
+        f'<li><a href="#{part.key}">{escape(part.heading)}</a></li>' for part in sections
+    )
+    title = f"{report.name}: abliteration"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n<header>"
+        f"<h1>{escape(title)}</h1><p>{escape(report.model)}</p>{_facts(report)}"
+        f'<nav aria-label="Pictures"><ol>{links}</ol></nav></header>\n<main>\n'
+        + "\n".join(_html(part) for part in sections)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _html(part: Section) -> str:
+    pictures = "".join(f"<figure>{picture}</figure>" for picture in part.pictures)
+    return (
+        f'<section id="{part.key}" aria-labelledby="{part.key}-heading">'
+        f'<h2 id="{part.key}-heading">{escape(part.heading)}</h2><p>{escape(part.words)}</p>{pictures}'
+        f"{_table(part)}</section>"
+    )
+
+
+def _table(part: Section) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in part.columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_cell_text(value))}</td>" for value in row) + "</tr>"
+        for row in part.rows
+    )
+    label = escape(f"Numbers: {part.heading}")
+    return (
+        f"<details><summary>The numbers as a table</summary>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
+    )
+
+
+def _cell_text(value: object) -> str:
+    if isinstance(value, float):
+        return number(value)
+    return "-" if value is None else str(value)
+
+
+def _facts(report: Report) -> str:
+    facts = {
+        "Chosen": f"layer {report.layer:g}, position {report.place(report.position)}",
+        **{name: text for name, text in _outcome(report).items()},
+        **report.facts,
+    }
+    lines = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items()
+    )
+    return f"<dl>{lines}</dl>"
+
+
+def _outcome(report: Report) -> dict[str, str]:
+    facts = {}
+    if report.search is not None:
+        trial = _chosen_trial(report.search)
+        facts["Refusals left"] = f"{trial.refusal:.1%} of the validation prompts"
+        facts["Divergence"] = f"{number(trial.kl)} nats per token"
+    if report.noise_floor is not None:
+        facts["Noise floor"] = f"{number(report.noise_floor)} nats: the same model in other batches"
+    if report.residuals:
+        facts["Largest residual"] = number(max(residual.share for residual in report.residuals))
+        facts["Writers edited"] = str(len(report.residuals))
+    return facts
+
+
+def _differences(report: Report) -> Iterable[Section]:
+    yield _norms(report)
+    if report.separation:
+        yield _separation(report)
+    if report.cosines:
+        yield _cosines(report)
+
+
+def _norms(report: Report) -> Section:
+    relative = bool(report.relative)
+    shown, unit = (
+        (report.relative, "share of the means' length")
+        if relative
+        else (report.norms, "residual stream")
+    )
+    layers = Axis("Layer (input of the block)", 0, max(len(shown) - 1, 1))
+    values = [value for row in shown for value in row]
+    chart = Chart(
+        "Length of the difference between the prompt sets, by layer and position",
+        layers,
+        axis_over(f"Difference ({unit})", values, zero=True),
+    )
+    names = {}
+    for index, position in enumerate(report.positions):
+        style = "faint" if position != report.position else "strong"
+        names[f"position {report.place(position)}"] = style
+        points = [(float(layer), row[index]) for layer, row in enumerate(shown)]
+        if len(points) == 1:
+            chart.dot(*points[0], style, number(points[0][1]))
+        if position != report.position:
+            chart.line(points, style)
+    chosen = [(float(layer), row[report.position]) for layer, row in enumerate(shown)]
+    chart.line(chosen, "strong")
+    chart.upright(report.layer, f"layer {report.layer:g}")
+    others = {"other positions": "faint"} if len(report.positions) > 1 else {}
+    rows = (
+        (layer, report.place(position), report.norms[layer][index], *extra)
+        for layer in range(len(report.norms))
+        for index, position in enumerate(report.positions)
+        for extra in [(report.relative[layer][index],) if relative else ()]
+    )
+    return Section(
+        "difference",
+        _peak_in_words(chosen, report.position),
+        "One line per position behind the user's words. A direction can be read where the line has risen "
+        "well above its beginning.",
+        [
+            chart.svg()
+            + legend({f"position {report.place(report.position)} (chosen)": "strong", **others})
+        ],
+        ["Layer", "Position", "Length", *(["Relative"] if relative else [])],
+        rows,
+    )
+
+
+def _separation(report: Report) -> Section:
+    points = [(float(layer), value) for layer, value in enumerate(report.separation)]
+    chart = Chart(
+        "Separation of the prompt sets along each layer's direction",
+        Axis("Layer (input of the block)", 0, max(len(points) - 1, 1)),
+        axis_over("d' (standard deviations)", report.separation, zero=True),
+    )
+    chart.line(points, "strong")
+    for x, y in points:
+        chart.dot(x, y, "strong", f"layer {x:g}: d' {number(y)}")
+    chart.upright(report.layer, f"layer {report.layer:g}")
+    pictures = [chart.svg()]
+    if report.projections:
+        pictures.append(
+            histogram(
+                f"Projections of both prompt sets on the direction of layer {report.layer:g}",
+                "Component along the direction (residual stream)",
+                "Prompts",
+                report.projections,
+            )
+            + legend({name: colour(index) for index, name in enumerate(report.projections)})
+        )
+    return Section(
+        "separation",
+        f"The prompt sets lie {number(_at(report.separation, report.layer))} standard deviations apart "
+        "where the direction was taken",
+        "How well each layer's direction tells the two sets apart. Below about 2 they overlap, and the direction "
+        "holds little but noise; two hills that hardly touch are what one hopes for.",
+        pictures,
+        ["Layer", "d'"],
+        enumerate(report.separation),
+    )
+
+
+def _cosines(report: Report) -> Section:
+    shade = Shade(1.0, two_sided=True, unit="cosine")
+    picture = square_map(
+        f"Cosine between the directions of every two layers at position {report.position}",
+        report.cosines,
+        shade,
+        "Layer (input of the block)",
+    )
+    return Section(
+        "cosine",
+        f"How alike the layers' directions are at position {report.position}",
+        "A bright block along the diagonal is a stretch of layers that share one direction: one vector removes "
+        "refusal in all of them. Cells without colour are at right angles.",
+        [picture + shade.key()],
+        ["Layer", *(str(layer) for layer in range(len(report.cosines)))],
+        ((layer, *row) for layer, row in enumerate(report.cosines)),
+    )
+
+
+def _scores(report: Report) -> Iterable[Section]:
+    if not any(score.bypass is not None for score in report.scores):
+        return
+    reasons = list(dict.fromkeys(s.dropped for s in report.scores if s.dropped))
+    pictures = [
+        _score_map(report, reasons, "bypass", "refusal left while it is removed (log-odds)"),
+        _score_map(report, reasons, "induce", "refusal caused by adding it (log-odds)"),
+        _score_map(report, reasons, "kl", "divergence on harmless prompts (nats)"),
+    ]
+    left = sum(score.dropped is None for score in report.scores)
+    yield Section(
+        "scores",
+        f"{left} of {len(report.scores)} candidates passed the filters; the framed one was chosen",
+        "Wanted: little refusal left, much refusal caused, little divergence. Marks say why a candidate was "
+        "dropped.",
+        [*pictures, _reasons(report, reasons)],
+        ["Layer", "Position", "Bypass", "Induce", "KL", "Dropped"],
+        (
+            (s.layer, report.place(s.position), s.bypass, s.induce, s.kl, s.dropped)
+            for s in report.scores
+        ),
+    )
+
+
+def _score_map(report: Report, reasons: Sequence[str], name: str, meaning: str) -> str:
+    values = [
+        getattr(s, name)
+        for s in report.scores
+        if getattr(s, name) is not None and math.isfinite(getattr(s, name))
+    ]
+    reach = max((abs(value) for value in values), default=1.0) or 1.0
+    if name == "kl" and report.max_kl is not None:
+        reach = min(reach, 4 * report.max_kl)  # one outlier would leave the rest without colour
+    shade = Shade(reach, two_sided=name != "kl", unit=meaning)
+    cells = []
+    for score in report.scores:
+        value = getattr(score, name)
+        row = -1 - score.position
+        tip = f"layer {score.layer}, position {score.position}: {name} {number(value)}"
+        tip += f", dropped: {score.dropped}" if score.dropped else ""
+        glyph = reasons.index(score.dropped) if score.dropped else None
+        cells.append(Cell(score.layer, row, math.nan if value is None else value, tip, glyph))
+    picture = heat_map(
+        f"{name}: {meaning}",
+        cells,
+        shade,
+        "Layer (input of the block)",
+        "Position",
+        len(report.norms),
+        [report.place(position) for position in reversed(report.positions)],
+        (report.layer, -1 - report.position),
+    )
+    return f"<h3>{escape(name)}: {escape(meaning)}</h3>{picture}{shade.key()}"
+
+
+def _reasons(report: Report, reasons: Sequence[str]) -> str:
+    items = []
+    for index, reason in enumerate(reasons):
+        count = sum(score.dropped == reason for score in report.scores)
+        glyph = GLYPHS[index % len(GLYPHS)]
+        items.append(
+            f'<li><svg viewBox="-7 -5 14 10" aria-hidden="true"><path class="glyph" d="{glyph}"/></svg>'
+            f"{escape(reason)} ({count})</li>"
+        )
+    return f'<ul class="legend" aria-label="Why candidates were dropped">{"".join(items)}</ul>'
+
+
+def _search(report: Report) -> Iterable[Section]:
+    if report.search is None:
+        return
+    search, best = report.search, _chosen_trial(report.search)
+    front = {trial.number for trial in _front(search.trials)}
+    names = list(dict.fromkeys(name for trial in search.trials for name in trial.settings))
+    pictures = [_front_picture(report, search), _history(search)]
+    if len(names) > 1:
+        pictures.append(_settings_picture(search, names, front))
+    yield Section(
+        "search",
+        f"{len(search.trials)} settings were tried; the chosen one leaves {best.refusal:.1%} refusals at "
+        f"{number(best.kl)} nats",
+        f"Of the settings that leave at most {search.max_refusal:.1%} of the prompts refused, the one that diverges "
+        "least is taken. On the front no setting is better in both.",
+        pictures,
+        ["Trial", "Refusal", "KL", "On the front", *names],
+        (
+            (
+                trial.number,
+                trial.refusal,
+                trial.kl,
+                "yes" if trial.number in front else "no",
+                *(trial.settings.get(name) for name in names),
+            )
+            for trial in search.trials
+        ),
+    )
+
+
+def _front_picture(report: Report, search: Search) -> str:
+    floor = [value for value in [report.noise_floor] if value and math.isfinite(value)]
+    chart = Chart(
+        "Refusal rate against divergence of every trial",
+        axis_over(
+            "Divergence on harmless answers (nats per token)",
+            [*(trial.kl for trial in search.trials), *floor],
+            logarithmic=True,
+        ),
+        Axis("Refusals left (share)", 0.0, 1.0),
+        height=320,
+    )
+    chart.level(search.max_refusal, f"at most {search.max_refusal:.1%}")
+    if floor:
+        chart.upright(floor[0], "noise floor")
+    chart.line([(trial.kl, trial.refusal) for trial in _front(search.trials)], "strong")
+    for trial in search.trials:
+        chart.dot(trial.kl, trial.refusal, "c1", _tip(trial))
+    chosen = _chosen_trial(search)
+    chart.ring(chosen.kl, chosen.refusal)
+    keys = legend({"trial": "c1", "front": "strong"})
+    return (
+        f"<h3>Low and to the left is better; the ring is the chosen setting</h3>{chart.svg()}"
+        f'<div class="dots">{keys}</div>'
+    )
+
+
+def _history(search: Search) -> str:
+    chart = Chart(
+        "Divergence of every trial in the order they were tried, and of the best so far",
+        Axis("Trial", 0, max((trial.number for trial in search.trials), default=1) or 1),
+        axis_over(
+            "Divergence (nats per token)", [trial.kl for trial in search.trials], logarithmic=True
+        ),
+        height=220,
+    )
+    best, line = math.inf, []
+    for trial in sorted(search.trials, key=lambda trial: trial.number):
+        allowed = trial.refusal <= search.max_refusal
+        if allowed and trial.kl < best:
+            best = trial.kl
+        line.append((float(trial.number), best if math.isfinite(best) else math.nan))
+        chart.dot(trial.number, trial.kl, "c0" if allowed else "c1", _tip(trial))
+    chart.line(line, "strong")
+    chosen = _chosen_trial(search)
+    chart.ring(chosen.number, chosen.kl)
+    keys = legend({"few enough refusals": "c0", "too many": "c1", "best so far": "strong"})
+    return (
+        f"<h3>The search is done where the line has long been flat</h3>{chart.svg()}"
+        f'<div class="dots">{keys}</div>'
+    )
+
+
+def _settings_picture(search: Search, names: Sequence[str], front: set[int]) -> str:
+    order = sorted(
+        search.trials, key=lambda trial: (trial.number == search.chosen, trial.number in front)
+    )
+    axes: dict[str, Sequence[float | str | None]] = {
+        name: [trial.settings.get(name) for trial in order] for name in names
+    }
+    axes |= {
+        "refusal": [trial.refusal for trial in order],
+        "log10 KL": [math.log10(max(trial.kl, SMALLEST_KL)) for trial in order],
+    }
+    styles = [
+        "strong" if t.number == search.chosen else "c1" if t.number in front else "faint"
+        for t in order
+    ]
+    picture = parallel("Settings of every trial, one line each", axes, styles)
+    keys = legend({"chosen": "strong", "on the front": "c1", "other trials": "faint"})
+    return f"<h3>Where the lines of the front meet, a setting matters</h3>{picture}{keys}"
+
+
+def _edit(report: Report) -> Iterable[Section]:
+    if report.strengths:
+        yield _strengths(report)
+    if report.residuals:
+        yield _residuals(report)
+
+
+def _strengths(report: Report) -> Section:
+    blocks = sorted({block for by_block in report.strengths.values() for block in by_block})
+    values = [value for by_block in report.strengths.values() for value in by_block.values()]
+    chart = Chart(
+        "Strength of the edit by block and component",
+        Axis("Block", 0, max(len(report.norms) - 1, 1)),
+        axis_over("Strength (1 removes all)", values, zero=True),
+        height=220,
+    )
+    for index, (component, by_block) in enumerate(report.strengths.items()):
+        chart.line([(float(b), by_block.get(b, math.nan)) for b in blocks], colour(index))
+        for block, value in by_block.items():
+            tip = f"{component} of block {block}: {number(value)}"
+            chart.dot(block, value, colour(index), tip, radius=2)
+    components = list(report.strengths)
+    return Section(
+        "strength",
+        "How strongly each block was edited",
+        "A strength of 1 removes all of the direction from what the block writes, 0 leaves it as it was.",
+        [chart.svg() + legend({name: colour(index) for index, name in enumerate(components)})],
+        ["Block", *components],
+        ((block, *(report.strengths[c].get(block) for c in components)) for block in blocks),
+    )
+
+
+def _residuals(report: Report) -> Section:
+    shares = [max(residual.share, SMALLEST_RESIDUAL) for residual in report.residuals]
+    chart = Chart(
+        "What each writer still writes along the removed direction",
+        Axis("Block (the embedding stands at 0)", 0, max(len(report.norms) - 1, 1)),
+        axis_over("Residual (share of before)", [*shares, 1.0], logarithmic=True),
+        height=220,
+    )
+    components = list(dict.fromkeys(residual.component for residual in report.residuals))
+    for residual in report.residuals:
+        chart.dot(
+            residual.block or 0,
+            max(residual.share, SMALLEST_RESIDUAL) if math.isfinite(residual.share) else math.nan,
+            colour(components.index(residual.component)),
+            f"{residual.writer}: {number(residual.share)}",
+        )
+    keys = legend({name: colour(index) for index, name in enumerate(components)})
+    alone = "".join(
+        f"<li><code>{escape(name)}</code>: {escape(reason)}</li>"
+        for name, reason in report.left_alone.items()
+    )
+    pictures = [f'{chart.svg()}<div class="dots">{keys}</div>']
+    if alone:
+        pictures.append(f"<h3>Left alone</h3><ul>{alone}</ul>")
+    largest = max(report.residuals, key=lambda residual: residual.share)
+    return Section(
+        "residual",
+        f"The largest residual is {number(largest.share)}, in {largest.writer}",
+        "What is left of each writer's output along the direction. At strength 1 only rounding is left: about "
+        "0.0004 in bfloat16.",
+        pictures,
+        ["Writer", "Component", "Block", "Residual"],
+        ((r.writer, r.component, r.block, r.share) for r in report.residuals),
+    )
+
+
+def _front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other beats in both measures, by growing divergence."""
+    front: list[Trial] = []
+    finite = [t for t in trials if math.isfinite(t.kl) and math.isfinite(t.refusal)]
+    for trial in sorted(finite, key=lambda trial: (trial.kl, trial.refusal)):
+        if not front or trial.refusal < front[-1].refusal:
+            front.append(trial)
+    return front
+
+
+def _chosen_trial(search: Search) -> Trial:
+    return next(trial for trial in search.trials if trial.number == search.chosen)
+
+
+def _tip(trial: Trial) -> str:
+    settings = ", ".join(
+        f"{name} {number(value) if isinstance(value, float) else value}"
+        for name, value in trial.settings.items()
+    )
+    return f"trial {trial.number}: refusal {trial.refusal:.1%}, KL {number(trial.kl)}; {settings}"
+
+
+def _peak_in_words(points: Sequence[tuple[float, float]], position: int) -> str:
+    finite = [point for point in points if math.isfinite(point[1])]
+    if not finite:
+        return f"No difference between the prompt sets can be read at position {position}"
+    layer = max(finite, key=lambda point: point[1])[0]
+    return f"The prompt sets differ most at layer {layer:g}, seen at position {position}"
+
+
+def _at(values: Sequence[float], layer: float) -> float:
+    lower = int(layer)
+    share = layer - lower
+    return values[lower] if share == 0 else (1 - share) * values[lower] + share * values[lower + 1]
+
+
+STYLE = """
+:root{color-scheme:light dark;--page:#fbfbfa;--ink:#1d2126;--soft:#5b636d;--rule:#d9dcdf;--panel:#fff;
+--strong:#0b5cad;--faint:#a9b4c0;--c0:#0b5cad;--c1:#c2571a;--c2:#2f7d4f;--c3:#8a3fa0;--c4:#8a6d00;--c5:#b3264a;
+--plus:#b3400e;--minus:#0b5cad;--frame:#1d2126}
+@media (prefers-color-scheme:dark){:root{--page:#14171a;--ink:#e6e8ea;--soft:#a0a8b1;--rule:#343a41;--panel:#1b1f23;
+--strong:#6fb3f2;--faint:#56616d;--c0:#6fb3f2;--c1:#f0955a;--c2:#6cc592;--c3:#cf8fe3;--c4:#d9b84a;--c5:#f07f9c;
+--plus:#f0955a;--minus:#6fb3f2;--frame:#fff}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:56rem;padding:2rem 1.25rem 4rem;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.6rem;line-height:1.2;margin:0}
+h2{font-size:1.2rem;line-height:1.3;margin:0 0 .25rem}
+h3{font-size:.95rem;margin:1.25rem 0 .25rem}
+p{margin:0 0 .75rem;max-width:46rem;color:var(--soft)}
+a{color:var(--strong)}
+:focus-visible{outline:3px solid var(--strong);outline-offset:2px}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.5rem 1.5rem;margin:1rem 0}
+dt{font-size:.8rem;color:var(--soft)}
+dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+nav ol{padding-left:1.25rem;margin:0 0 1rem}
+section{background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:1.25rem;margin:1.25rem 0}
+figure{margin:0 0 .5rem}
+figure>svg,figure h3+svg{display:block;width:100%;height:auto}
+svg text{fill:var(--soft);font:12px system-ui,sans-serif;font-variant-numeric:tabular-nums}
+svg .name{fill:var(--ink)}
+svg .over{fill:var(--ink);font-size:11px;paint-order:stroke;stroke:var(--panel);stroke-width:4px}
+.grid{stroke:var(--rule);stroke-width:1;fill:none}
+.tick{stroke:var(--soft);stroke-width:1;fill:none}
+.line{fill:none;stroke:currentColor;stroke-width:1.75;stroke-linejoin:round}
+.line.strong{stroke-width:2.5}
+.line.faint{stroke-width:1}
+.dot,.bar{fill:currentColor}
+.dot{stroke:var(--panel);stroke-width:.75}
+.bar{fill-opacity:.55}
+.strong{color:var(--strong)}.faint{color:var(--faint)}
+.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}
+.cell{stroke:none}
+.plus{fill:var(--plus)}.minus{fill:var(--minus)}.missing{fill:var(--rule)}
+.glyph{fill:none;stroke:var(--ink);stroke-width:1.25;opacity:.75}
+.chosen{fill:none;stroke:var(--frame);stroke-width:2.5}
+.limit{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 3;fill:none}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1rem;margin:.25rem 0 .75rem;padding:0;font-size:.85rem;
+color:var(--ink)}
+.legend li{display:flex;align-items:center;gap:.4rem}
+.legend svg{width:1.4rem;height:1rem;flex:none}
+.dots .legend .line{stroke-width:7;stroke-linecap:round;stroke-dasharray:0 14;stroke-dashoffset:-7}
+.dots .legend .line.strong{stroke-width:2.5;stroke-dasharray:none}
+summary{cursor:pointer;font-size:.9rem;color:var(--strong)}
+.scroll{overflow:auto;max-height:24rem;margin-top:.5rem}
+table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .6rem;border-bottom:1px solid var(--rule);text-align:left;white-space:nowrap}
+th{position:sticky;top:0;background:var(--panel)}
+code{overflow-wrap:anywhere}
+@media print{section{break-inside:avoid}}
+"""

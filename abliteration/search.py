@@ -1,0 +1,304 @@
+"""Search with Optuna: layer, position, kind of edit and strengths over layers, for little refusal and little change.
+
+Two objectives, both smaller is better: the mean probability that an answer to a harmful prompt begins as a refusal,
+and the divergence of whole answers to harmless prompts. Trials race: who still refuses is not measured further, and
+only who is on the front so far answers prompts. What is proposed next is a function of the finished trials and the
+seed alone, so that a search that was killed goes on with the same trials.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from tqdm import tqdm
+
+from abliteration.trials import Trials
+from common import distributed
+from common.edits import Edit
+from common.recipe import COMPONENTS, EditWeights, LayerKernel, SearchSelection
+
+# A trial that keeps more than this share of the original's refusals is measured no further.
+RACE = 0.25
+# The share of the trials that is drawn at random before the sampler learns from them.
+RANDOM_SHARE = 0.25
+
+Params = Mapping[str, Any]
+MakeEdit = Callable[[Params], Edit]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and what was measured of it.
+
+    Attributes:
+        number: in the order of the search.
+        params: by name; see `Space`.
+        refusal: mean probability that an answer to a harmful prompt begins as a refusal.
+        kl: mean KL(original || edited) of answers to harmless prompts, nats per token; None if it still refused.
+        rate: share of the harmful prompts that it refuses in full answers; None if it was off the front.
+    """
+
+    number: int
+    params: dict[str, Any]
+    refusal: float
+    kl: float | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched.
+
+    Attributes:
+        layers: the first and the last layer a direction is taken from; fractions lie between two.
+        num_positions: end-of-instruction positions, counted from the end.
+        num_blocks: of the model.
+        edits: kinds of edit.
+        embedding: whether the embedding can be edited.
+    """
+
+    layers: tuple[float, float]
+    num_positions: int
+    num_blocks: int
+    edits: tuple[str, ...]
+    embedding: bool
+
+    def suggest(self, trial: optuna.Trial) -> None:
+        """Draw a setting; Heretic's kernel for each component, with a flat one as its widest."""
+        trial.suggest_categorical("edit", self.edits)
+        trial.suggest_float("layer", *self.layers)
+        trial.suggest_int("position", -self.num_positions, -1)
+        if self.embedding:
+            trial.suggest_float("embedding", 0.0, 1.5)
+        for component in ("attention", "mlp"):
+            trial.suggest_float(f"{component}.max_weight", 0.1, 1.5)
+            trial.suggest_float(f"{component}.max_weight_position", 0.0, self.num_blocks - 1.0)
+            trial.suggest_float(f"{component}.min_weight_share", 0.0, 1.0)
+            trial.suggest_float(f"{component}.min_weight_distance", 1.0, float(self.num_blocks))
+
+    def flat(self, edit: str, layer: float, position: int, strength: float) -> dict[str, Any]:
+        """The setting that edits everything alike."""
+        params: dict[str, Any] = {"edit": edit, "layer": float(layer), "position": position}
+        if self.embedding:
+            params["embedding"] = min(strength, 1.5)
+        for component in ("attention", "mlp"):
+            params |= {
+                f"{component}.max_weight": min(strength, 1.5),
+                f"{component}.max_weight_position": (self.num_blocks - 1) / 2,
+                f"{component}.min_weight_share": 1.0,
+                f"{component}.min_weight_distance": float(self.num_blocks),
+            }
+        return params
+
+
+def edit_settings(params: Params) -> Any:  # noqa: ANN401  # each kind has a class of its own
+    """The recipe's `edit` section that a setting stands for."""
+
+    def kernel(component: str) -> LayerKernel:
+        peak = params[f"{component}.max_weight"]
+        return LayerKernel(
+            max_weight=peak,
+            max_weight_position=params[f"{component}.max_weight_position"],
+            min_weight=peak * params[f"{component}.min_weight_share"],
+            min_weight_distance=params[f"{component}.min_weight_distance"],
+        )
+
+    weights = EditWeights(
+        embedding=params.get("embedding", 0.0), attention=kernel("attention"), mlp=kernel("mlp")
+    )
+    section = COMPONENTS["abliteration.edit"][params["edit"]]
+    return section.model_validate({"name": params["edit"], "strength": 1.0, "weights": weights})
+
+
+def search(
+    trials: Trials,
+    space: Space,
+    make_edit: MakeEdit,
+    first: Sequence[Params],
+    settings: SearchSelection,
+    seed: int,
+    journal: Path,
+) -> list[Trial]:
+    """Run a search, or go on with one.
+
+    Args:
+        trials: what edits are judged by.
+        space: what is searched.
+        make_edit: from a setting to its edit.
+        first: settings to begin with: what the scores chose.
+        settings: how many trials, and how many of them share a pass.
+        seed: of the proposals.
+        journal: a file with one line per finished batch of trials; those in it are not run again.
+
+    Returns:
+        All trials, in their order.
+    """
+    limit = RACE * trials.original_refusal
+    done = distributed.broadcast(_read(journal) if distributed.is_main() else None) or []
+    bar = tqdm(
+        total=settings.num_trials,
+        initial=len(done),
+        desc="search",
+        disable=not distributed.is_main(),
+        leave=False,
+    )
+    while len(done) < settings.num_trials:
+        count = min(settings.trials_per_pass, settings.num_trials - len(done))
+        asked = propose(done, space, first, count, settings.num_trials, seed)
+        done = [*done, *_race(trials, asked, make_edit, done, limit)]
+        if distributed.is_main():
+            _append(journal, done[-count:])
+        bar.update(count)
+    bar.close()
+    return done
+
+
+def propose(
+    done: Sequence[Trial],
+    space: Space,
+    first: Sequence[Params],
+    count: int,
+    num_trials: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The next settings: the given first ones, then what Optuna's TPE draws from the finished trials.
+
+    Args:
+        done: finished trials.
+        space: what is searched.
+        first: settings to begin with.
+        count: how many to propose.
+        num_trials: of the whole search.
+        seed: with the number of finished trials it decides what is drawn.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(
+        seed=seed * 100_003 + len(done),
+        multivariate=True,
+        n_startup_trials=max(len(first), round(RANDOM_SHARE * num_trials)),
+    )
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    worst = max((trial.kl for trial in done if trial.kl is not None), default=1.0)
+    distributions = _distributions(space)
+    for trial in done:
+        # Who was out of the race after the first measure stands behind all who were not.
+        values = (trial.refusal, trial.kl if trial.kl is not None else 2 * worst)
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=trial.params, distributions=distributions, values=values
+            )
+        )
+    for params in first[len(done) : len(done) + count]:
+        study.enqueue_trial(dict(params))
+    asked = []
+    for _ in range(count):
+        drawn = study.ask()
+        space.suggest(drawn)
+        asked.append(dict(drawn.params))
+    return asked
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other is better than: less refusal and no more divergence, or the other way round."""
+    points = [trial for trial in trials if trial.kl is not None]
+    return [trial for trial in points if not any(_dominates(other, trial) for other in points)]
+
+
+def choose(trials: Sequence[Trial], max_refusal: float) -> tuple[Trial, str]:
+    """The trial to take, and why.
+
+    Of those whose answers refuse no more than allowed the one that diverges least; if there is none, the one that
+    refuses least.
+    """
+    judged = [trial for trial in trials if trial.rate is not None]
+    within = [trial for trial in judged if (trial.rate or 0.0) <= max_refusal]
+    if within:
+        chosen = min(within, key=lambda trial: (trial.kl, trial.number))
+        reason = (
+            f"of {len(within)} trials on the front that refuse at most {max_refusal:g} of the harmful prompts it "
+            f"diverges least ({chosen.kl:.4f} nats per token)"
+        )
+        return chosen, reason
+    chosen = min(judged, key=lambda trial: (trial.rate, trial.kl, trial.number))
+    return chosen, (
+        f"no trial refuses as little as {max_refusal:g} of the harmful prompts; this one refuses least "
+        f"({chosen.rate:.3f})"
+    )
+
+
+def _race(
+    trials: Trials,
+    asked: Sequence[dict[str, Any]],
+    make_edit: MakeEdit,
+    done: Sequence[Trial],
+    limit: float,
+) -> list[Trial]:
+    """Measure a batch of settings, each as far as it gets."""
+    edits = [make_edit(params) for params in asked]
+    new = [
+        Trial(len(done) + index, params, _mean(refusal))
+        for index, (params, refusal) in enumerate(zip(asked, trials.refusal(edits), strict=True))
+    ]
+    left = [index for index, trial in enumerate(new) if trial.refusal <= limit]
+    if not left and not any(trial.kl is not None for trial in done):
+        left = [min(range(len(new)), key=lambda index: new[index].refusal)]
+    divergences = trials.divergence([edits[index] for index in left])
+    for index, kl in zip(left, divergences, strict=True):
+        new[index] = replace(new[index], kl=kl)
+    ahead = front([*done, *new])
+    left = [index for index in left if new[index] in ahead]
+    rates = trials.refusal_rate([edits[index] for index in left])
+    for index, rate in zip(left, rates, strict=True):
+        new[index] = replace(new[index], rate=rate)
+    return new
+
+
+def _dominates(one: Trial, other: Trial) -> bool:
+    assert one.kl is not None
+    assert other.kl is not None
+    if not math.isfinite(other.kl):
+        return math.isfinite(one.kl)
+    return (
+        one.refusal <= other.refusal
+        and one.kl <= other.kl
+        and (one.refusal, one.kl) != (other.refusal, other.kl)
+    )
+
+
+def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The ranges of the space, as Optuna knows them."""
+    trial = optuna.create_study().ask()
+    space.suggest(trial)
+    return trial.distributions
+
+
+def _read(journal: Path) -> list[Trial]:
+    if not journal.is_file():
+        return []
+    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A kill can leave half of the last line.
+    whole = [line for line in lines if line.endswith("\n")]
+    return [Trial(**record) for line in whole for record in json.loads(line)]
+
+
+def _append(journal: Path, batch: Sequence[Trial]) -> None:
+    """Add a batch as one line; half a line that a kill left is cut off first."""
+    line = json.dumps([asdict(trial) for trial in batch]) + "\n"
+    with journal.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
