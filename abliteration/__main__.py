@@ -74,12 +74,19 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _folder(options: argparse.Namespace) -> Path:
+    if Path(options.model).is_dir():
+        return Path(options.model)
+    from common.model import resolve  # noqa: PLC0415  # imports all of transformers' loading
+
+    return resolve(options.model, options.revision)
+
+
 def _apply(options: argparse.Namespace) -> None:
     from abliteration.direction_file import edit_of  # noqa: PLC0415
     from common.checkpoint import apply_to_checkpoint  # noqa: PLC0415
-    from common.model import resolve  # noqa: PLC0415
 
-    source = resolve(options.model, options.revision)
+    source = _folder(options)
     edit = edit_of(options.edit, source, strength=options.strength, layer=options.layer)
     written = apply_to_checkpoint(source, edit, options.output)
     print("\n".join([f"{options.output}: the edited model", *_coverage_lines(written)]))
@@ -88,9 +95,8 @@ def _apply(options: argparse.Namespace) -> None:
 def _adapter(options: argparse.Namespace) -> None:
     from abliteration.direction_file import edit_of  # noqa: PLC0415
     from common.lora import save_adapter  # noqa: PLC0415
-    from common.model import resolve  # noqa: PLC0415
 
-    source = resolve(options.model, options.revision)
+    source = _folder(options)
     edit = edit_of(options.edit, source, strength=options.strength, layer=options.layer)
     # A folder's path means nothing on another machine; without an address PEFT asks for the model.
     address = None if Path(options.model).is_dir() else options.model

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common import chat, distributed, residual
 from common.errors import StageError
 
+# A shorter opening costs more than it saves: behind it attention needs an explicit mask, which is slower.
+MIN_OPENING = 8
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -76,7 +79,7 @@ def collect(
     )
     opening, rest = None, encoded
     shared = shared_opening(encoded, num_positions)
-    if shared and residual.can_share_opening(model, max(map(len, encoded))):
+    if shared >= MIN_OPENING and residual.can_share_opening(model, max(map(len, encoded))):
         opening = residual.read_opening(model, encoded[0][:shared])
         rest = [ids[shared:] for ids in encoded]
     for rows in tqdm(
@@ -92,7 +95,7 @@ def collect(
     return sums.finish()
 
 
-def shared_opening(encoded: Sequence[Sequence[int]], num_positions: int) -> int:
+def shared_opening(encoded: Sequence[list[int]], num_positions: int) -> int:
     """How many tokens all prompts begin with (a template's opening, often a system prompt), for computing them once.
 
     At least `num_positions` tokens of each prompt are left to be read.
@@ -110,8 +113,7 @@ def shared_opening(encoded: Sequence[Sequence[int]], num_positions: int) -> int:
 def my_batches(encoded: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """This process's share of prompts, as indices in batches of similar length.
 
-    Sorted by their tokens, so that neither the order in which prompts came nor what else is in the list
-    decides with whom a prompt is batched on one process.
+    Sorted by their tokens, so that on one process the order in which prompts came does not change a bit.
     """
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), encoded[index]))
     mine = order[distributed.rank() :: distributed.world_size()]

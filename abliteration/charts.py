@@ -11,6 +11,8 @@ from typing import Final
 
 WIDTH: Final = 720
 LEFT, RIGHT, TOP, BOTTOM = 92, 16, 24, 44
+# Below a picture with slanted names.
+SLANTED: Final = 118
 # Text of 12 units that fits in front of a row.
 MAX_NAME: Final = 9
 # Colours of series in turn, and shapes of marks: classes of the style sheet.
@@ -380,7 +382,7 @@ def parallel(
     title: str,
     axes: Mapping[str, Sequence[float | str | None]],
     styles: Sequence[str],
-    height: int = 300,
+    height: int = 380,
 ) -> str:
     """One line per item through its value on each of several upright axes.
 
@@ -390,7 +392,7 @@ def parallel(
         styles: class of each item's line; later items lie on top.
         height: of the picture.
     """
-    bottom, texts, places = height - BOTTOM, [], []
+    bottom, texts, places = height - SLANTED, [], []
     step = (WIDTH - LEFT - 2 * RIGHT - 20) / max(len(axes) - 1, 1)
     for index, (name, values) in enumerate(axes.items()):
         left = LEFT + index * step
@@ -404,7 +406,11 @@ def parallel(
         for text, value in ticks.items():
             up = bottom - axis.place(value) * (bottom - TOP)
             texts.append(text_at(left - 4, up + 4, text, "end", "over"))
-        texts.append(text_at(left, bottom + 16 + 14 * (index % 2), name, "middle", "over"))
+        # Slanted, since there may be a dozen axes with long names.
+        texts.append(
+            f'<text class="over" text-anchor="end" transform="translate({left + 4:.1f} {bottom + 14:.1f}) '
+            f'rotate(-35)">{escape(name)}</text>'
+        )
         places.append([_height(value, ticks, axis, words, bottom) for value in values])
     lines = []
     for item, style in enumerate(styles):

@@ -1,6 +1,7 @@
 """The prompts of stage one: those that directions are estimated from, and those that choose among them."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import InputError
@@ -63,6 +64,11 @@ def load_prompt_sets(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
         PromptSet(**{kind: rest for kind, (rest, _) in split.items()}),
         PromptSet(**{kind: held for kind, (_, held) in split.items()}),
     )
+
+
+def sample(prompts: Sequence[str], count: int, seed: int) -> list[str]:
+    """Some of the prompts, drawn from all of them: a file may hold one kind after another."""
+    return random.Random(seed).sample(list(prompts), min(count, len(prompts)))  # no secret
 
 
 def prompt_problems(recipe: Recipe) -> list[str]:

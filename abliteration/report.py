@@ -56,19 +56,26 @@ class Scored:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting that a search tried.
+    """One setting that a search tried; see `abliteration.search.Trial`.
 
     Attributes:
         number: from 0, in the order they were tried.
-        refusal: share of the harmful validation prompts that it leaves refused.
-        kl: divergence on harmless answers, nats per token.
+        refusal: mean probability that an answer to a harmful prompt begins as a refusal.
+        kl: divergence on harmless answers, nats per token; None: not measured, it still refused.
+        rate: share of the harmful prompts that are refused in full answers; None: not measured.
         settings: the setting itself, numbers and words by name.
     """
 
     number: int
     refusal: float
-    kl: float
+    kl: float | None
+    rate: float | None = None
     settings: Mapping[str, float | str] = field(default_factory=dict)
+
+    @property
+    def divergence(self) -> float:
+        """`kl`, or nan."""
+        return math.nan if self.kl is None else self.kl
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Search:
     Attributes:
         trials: all of them.
         chosen: number of the trial that was taken.
-        max_refusal: the refusal rate that it had to stay below.
+        max_refusal: the refusal rate that it was to stay below.
     """
 
     trials: Sequence[Trial]
@@ -239,7 +246,7 @@ def _outcome(report: Report) -> dict[str, str]:
     facts = {}
     if report.search is not None:
         trial = _chosen_trial(report.search)
-        facts["Refusals left"] = f"{trial.refusal:.1%} of the validation prompts"
+        facts["Refusals left"] = f"{_percent(trial.rate)} of the validation prompts"
         facts["Divergence"] = f"{number(trial.kl)} nats per token"
     if report.noise_floor is not None:
         facts["Noise floor"] = f"{number(report.noise_floor)} nats: the same model in other batches"
@@ -429,23 +436,26 @@ def _search(report: Report) -> Iterable[Section]:
         return
     search, best = report.search, _chosen_trial(report.search)
     front = {trial.number for trial in _front(search.trials)}
+    out = sum(trial.kl is None for trial in search.trials)
     names = list(dict.fromkeys(name for trial in search.trials for name in trial.settings))
-    pictures = [_front_picture(report, search), _history(search)]
+    pictures = [_front_picture(report, search, front), _history(search, front)]
     if len(names) > 1:
         pictures.append(_settings_picture(search, names, front))
     yield Section(
         "search",
-        f"{len(search.trials)} settings were tried; the chosen one leaves {best.refusal:.1%} refusals at "
+        f"{len(search.trials)} settings were tried; the chosen one leaves {_percent(best.rate)} refusals at "
         f"{number(best.kl)} nats",
-        f"Of the settings that leave at most {search.max_refusal:.1%} of the prompts refused, the one that diverges "
-        "least is taken. On the front no setting is better in both.",
+        f"Of the settings on the front, which none is better than in both measures, the one that diverges least was "
+        f"to be taken among those that refuse at most {search.max_refusal:.1%} of the harmful prompts. "
+        f"{out} setting(s) still refused so often that nothing else was measured of them.",
         pictures,
-        ["Trial", "Refusal", "KL", "On the front", *names],
+        ["Trial", "Begins as refusal", "KL", "Refusal rate", "On the front", *names],
         (
             (
                 trial.number,
                 trial.refusal,
                 trial.kl,
+                trial.rate,
                 "yes" if trial.number in front else "no",
                 *(trial.settings.get(name) for name in names),
             )
@@ -454,53 +464,60 @@ def _search(report: Report) -> Iterable[Section]:
     )
 
 
-def _front_picture(report: Report, search: Search) -> str:
+def _front_picture(report: Report, search: Search, front: set[int]) -> str:
     floor = [value for value in [report.noise_floor] if value and math.isfinite(value)]
     chart = Chart(
-        "Refusal rate against divergence of every trial",
+        "Refusal against divergence of every trial",
         axis_over(
             "Divergence on harmless answers (nats per token)",
-            [*(trial.kl for trial in search.trials), *floor],
+            [*(trial.divergence for trial in search.trials), *floor],
             logarithmic=True,
         ),
-        Axis("Refusals left (share)", 0.0, 1.0),
+        axis_over(
+            "Answers begin as refusals (probability)",
+            [trial.refusal for trial in search.trials if trial.kl is not None],
+            zero=True,
+        ),
         height=320,
     )
-    chart.level(search.max_refusal, f"at most {search.max_refusal:.1%}")
     if floor:
         chart.upright(floor[0], "noise floor")
-    chart.line([(trial.kl, trial.refusal) for trial in _front(search.trials)], "strong")
+    chart.line([(trial.divergence, trial.refusal) for trial in _front(search.trials)], "strong")
     for trial in search.trials:
-        chart.dot(trial.kl, trial.refusal, "c1", _tip(trial))
+        style = "c0" if trial.number in front else "c1"
+        chart.dot(trial.divergence, trial.refusal, style, _tip(trial))
     chosen = _chosen_trial(search)
-    chart.ring(chosen.kl, chosen.refusal)
-    keys = legend({"trial": "c1", "front": "strong"})
+    chart.ring(chosen.divergence, chosen.refusal)
+    keys = legend({"on the front": "c0", "other trials": "c1", "front": "strong"})
     return (
         f"<h3>Low and to the left is better; the ring is the chosen setting</h3>{chart.svg()}"
         f'<div class="dots">{keys}</div>'
     )
 
 
-def _history(search: Search) -> str:
+def _history(search: Search, front: set[int]) -> str:
+    chosen = _chosen_trial(search)
     chart = Chart(
-        "Divergence of every trial in the order they were tried, and of the best so far",
+        "Divergence of every trial in the order they were tried",
         Axis("Trial", 0, max((trial.number for trial in search.trials), default=1) or 1),
         axis_over(
-            "Divergence (nats per token)", [trial.kl for trial in search.trials], logarithmic=True
+            "Divergence (nats per token)",
+            [trial.divergence for trial in search.trials],
+            logarithmic=True,
         ),
         height=220,
     )
     best, line = math.inf, []
     for trial in sorted(search.trials, key=lambda trial: trial.number):
-        allowed = trial.refusal <= search.max_refusal
-        if allowed and trial.kl < best:
-            best = trial.kl
-        line.append((float(trial.number), best if math.isfinite(best) else math.nan))
-        chart.dot(trial.number, trial.kl, "c0" if allowed else "c1", _tip(trial))
+        if trial.refusal <= chosen.refusal and trial.divergence < best:
+            best = trial.divergence
+        line.append((float(trial.number), best))
+        style = "c0" if trial.number in front else "c1"
+        chart.dot(trial.number, trial.divergence, style, _tip(trial))
     chart.line(line, "strong")
-    chosen = _chosen_trial(search)
-    chart.ring(chosen.number, chosen.kl)
-    keys = legend({"few enough refusals": "c0", "too many": "c1", "best so far": "strong"})
+    chart.ring(chosen.number, chosen.divergence)
+    best_name = "least so far, at no more refusal than the chosen"
+    keys = legend({"on the front": "c0", "other trials": "c1", best_name: "strong"})
     return (
         f"<h3>The search is done where the line has long been flat</h3>{chart.svg()}"
         f'<div class="dots">{keys}</div>'
@@ -516,7 +533,7 @@ def _settings_picture(search: Search, names: Sequence[str], front: set[int]) -> 
     }
     axes |= {
         "refusal": [trial.refusal for trial in order],
-        "log10 KL": [math.log10(max(trial.kl, SMALLEST_KL)) for trial in order],
+        "log10 KL": [_log10(trial.kl) for trial in order],
     }
     styles = [
         "strong" if t.number == search.chosen else "c1" if t.number in front else "faint"
@@ -598,8 +615,8 @@ def _residuals(report: Report) -> Section:
 def _front(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that no other beats in both measures, by growing divergence."""
     front: list[Trial] = []
-    finite = [t for t in trials if math.isfinite(t.kl) and math.isfinite(t.refusal)]
-    for trial in sorted(finite, key=lambda trial: (trial.kl, trial.refusal)):
+    measured = [t for t in trials if math.isfinite(t.divergence) and math.isfinite(t.refusal)]
+    for trial in sorted(measured, key=lambda trial: (trial.divergence, trial.refusal)):
         if not front or trial.refusal < front[-1].refusal:
             front.append(trial)
     return front
@@ -614,7 +631,17 @@ def _tip(trial: Trial) -> str:
         f"{name} {number(value) if isinstance(value, float) else value}"
         for name, value in trial.settings.items()
     )
-    return f"trial {trial.number}: refusal {trial.refusal:.1%}, KL {number(trial.kl)}; {settings}"
+    return (
+        f"trial {trial.number}: refusal {number(trial.refusal)}, KL {number(trial.kl)}; {settings}"
+    )
+
+
+def _log10(value: float | None) -> float | None:
+    return None if value is None else math.log10(max(value, SMALLEST_KL))
+
+
+def _percent(share: float | None) -> str:
+    return "an unknown share" if share is None or not math.isfinite(share) else f"{share:.1%}"
 
 
 def _peak_in_words(points: Sequence[tuple[float, float]], position: int) -> str:

@@ -1,14 +1,15 @@
 """Search with Optuna: layer, position, kind of edit and strengths over layers, for little refusal and little change.
 
 Two objectives, both smaller is better: the mean probability that an answer to a harmful prompt begins as a refusal,
-and the divergence of whole answers to harmless prompts. Trials race: who still refuses is not measured further, and
-only who is on the front so far answers prompts. What is proposed next is a function of the finished trials and the
-seed alone, so that a search that was killed goes on with the same trials.
+and the divergence of whole answers to harmless prompts. Trials race: who still refuses on a few prompts is measured
+no further, nor who is beaten by far, and only who is on the front at the end answers prompts. What is proposed next
+is a function of the finished trials and the seed alone, so that a search that was killed goes on with the same trials.
 """
 
 import json
 import logging
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,12 +22,15 @@ from tqdm import tqdm
 from abliteration.trials import Trials
 from common import distributed
 from common.edits import Edit
+from common.errors import StageError
 from common.recipe import COMPONENTS, EditWeights, LayerKernel, SearchSelection
 
 # A trial that keeps more than this share of the original's refusals is measured no further.
 RACE = 0.25
 # The share of the trials that is drawn at random before the sampler learns from them.
 RANDOM_SHARE = 0.25
+# The prompts that every trial is measured on, and those for the trials that are not beaten there.
+HEAT, AFTER = slice(0, 8), slice(8, None)
 
 Params = Mapping[str, Any]
 MakeEdit = Callable[[Params], Edit]
@@ -43,13 +47,15 @@ class Trial:
         params: by name; see `Space`.
         refusal: mean probability that an answer to a harmful prompt begins as a refusal.
         kl: mean KL(original || edited) of answers to harmless prompts, nats per token; None if it still refused.
-        rate: share of the harmful prompts that it refuses in full answers; None if it was off the front.
+        complete: whether both were measured on all prompts; otherwise on the first few.
+        rate: share of the harmful prompts that it refuses in full answers; None off the front.
     """
 
     number: int
     params: dict[str, Any]
     refusal: float
     kl: float | None = None
+    complete: bool = False
     rate: float | None = None
 
 
@@ -158,7 +164,15 @@ def search(
             _append(journal, done[-count:])
         bar.update(count)
     bar.close()
-    return done
+    return judge(trials, done, make_edit)
+
+
+def judge(trials: Trials, done: Sequence[Trial], make_edit: MakeEdit) -> list[Trial]:
+    """Let the trials on the front answer the harmful prompts."""
+    ahead = front(done)
+    rates = trials.refusal_rate([make_edit(trial.params) for trial in ahead])
+    rated = {trial.number: rate for trial, rate in zip(ahead, rates, strict=True)}
+    return [replace(trial, rate=rated.get(trial.number)) for trial in done]
 
 
 def propose(
@@ -181,19 +195,20 @@ def propose(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
-        seed=seed * 100_003 + len(done),
+        seed=(seed * 100_003 + len(done)) % 2**32,
         multivariate=True,
         n_startup_trials=max(len(first), round(RANDOM_SHARE * num_trials)),
     )
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    worst = max((trial.kl for trial in done if trial.kl is not None), default=1.0)
+    # Who was out of the race after the first measure, or is broken, stands behind all who were not.
+    behind = 2 * max((trial.kl or 0.0 for trial in done if _is_measured(trial)), default=0.0) or 1.0
     distributions = _distributions(space)
     for trial in done:
-        # Who was out of the race after the first measure stands behind all who were not.
-        values = (trial.refusal, trial.kl if trial.kl is not None else 2 * worst)
+        refusal = trial.refusal if math.isfinite(trial.refusal) else 1.0
+        kl = trial.kl if trial.kl is not None and _is_measured(trial) else behind
         study.add_trial(
             optuna.trial.create_trial(
-                params=trial.params, distributions=distributions, values=values
+                params=trial.params, distributions=distributions, values=(refusal, kl)
             )
         )
     for params in first[len(done) : len(done) + count]:
@@ -208,7 +223,7 @@ def propose(
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that no other is better than: less refusal and no more divergence, or the other way round."""
-    points = [trial for trial in trials if trial.kl is not None]
+    points = [trial for trial in trials if trial.complete and _is_measured(trial)]
     return [trial for trial in points if not any(_dominates(other, trial) for other in points)]
 
 
@@ -217,8 +232,16 @@ def choose(trials: Sequence[Trial], max_refusal: float) -> tuple[Trial, str]:
 
     Of those whose answers refuse no more than allowed the one that diverges least; if there is none, the one that
     refuses least.
+
+    Raises:
+        StageError: if every trial broke the model.
     """
     judged = [trial for trial in trials if trial.rate is not None]
+    if not judged:
+        raise StageError(
+            f"abliteration: under each of {len(trials)} trials the model's probabilities are not finite, so there is "
+            "nothing to choose from; load it in a wider type (model.dtype: bfloat16 or float32)"
+        )
     within = [trial for trial in judged if (trial.rate or 0.0) <= max_refusal]
     if within:
         chosen = min(within, key=lambda trial: (trial.kl, trial.number))
@@ -241,24 +264,45 @@ def _race(
     done: Sequence[Trial],
     limit: float,
 ) -> list[Trial]:
-    """Measure a batch of settings, each as far as it gets."""
+    """Measure a batch of settings, each as far as it gets: refusal, divergence, then both on the other prompts."""
     edits = [make_edit(params) for params in asked]
+    first = trials.refusal(edits, HEAT)
     new = [
         Trial(len(done) + index, params, _mean(refusal))
-        for index, (params, refusal) in enumerate(zip(asked, trials.refusal(edits), strict=True))
+        for index, (params, refusal) in enumerate(zip(asked, first, strict=True))
     ]
     left = [index for index, trial in enumerate(new) if trial.refusal <= limit]
-    if not left and not any(trial.kl is not None for trial in done):
-        left = [min(range(len(new)), key=lambda index: new[index].refusal)]
-    divergences = trials.divergence([edits[index] for index in left])
-    for index, kl in zip(left, divergences, strict=True):
+    if not left and not front(done):  # somebody has to be compared with
+        least = [t.refusal if math.isfinite(t.refusal) else math.inf for t in new]
+        left = [least.index(min(least))]
+    heat = trials.divergence([edits[index] for index in left], HEAT)
+    for index, kl in zip(left, heat, strict=True):
         new[index] = replace(new[index], kl=kl)
-    ahead = front([*done, *new])
-    left = [index for index in left if new[index] in ahead]
-    rates = trials.refusal_rate([edits[index] for index in left])
-    for index, rate in zip(left, rates, strict=True):
-        new[index] = replace(new[index], rate=rate)
+    left = [index for index in left if not _is_beaten(new[index], done)]
+    rest = [edits[index] for index in left]
+    measures = zip(left, trials.refusal(rest, AFTER), trials.divergence(rest, AFTER), strict=True)
+    shares = [trials.num_answer_tokens(part) for part in (HEAT, AFTER)]
+    for index, refusal, kl in measures:
+        kls = [new[index].kl or 0.0, kl]
+        new[index] = replace(
+            new[index],
+            refusal=_mean([*first[index], *refusal]),
+            kl=sum(map(operator.mul, kls, shares)) / sum(shares),
+            complete=True,
+        )
     return new
+
+
+def _is_beaten(trial: Trial, done: Sequence[Trial]) -> bool:
+    """Whether a finished trial would be better even if this one turned out half as bad on the other prompts."""
+    assert trial.kl is not None
+    hoped = replace(trial, refusal=trial.refusal / 2, kl=trial.kl / 2)
+    return any(_dominates(other, hoped) for other in done if other.complete)
+
+
+def _is_measured(trial: Trial) -> bool:
+    """Whether a trial came to the second measure, with a model that still computes."""
+    return trial.kl is not None and math.isfinite(trial.kl) and math.isfinite(trial.refusal)
 
 
 def _dominates(one: Trial, other: Trial) -> bool:

@@ -4,20 +4,21 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import wandb
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from abliteration import baseline, export, layerwise, search, selection
+from abliteration import baseline, export, illustration, layerwise, search, selection
 from abliteration.activations import Activations, collect
 from abliteration.findings import Findings, find
 from abliteration.openings import refusal_openings
 from abliteration.placement import Direction
-from abliteration.prompt_sets import PromptSet, load_prompt_sets, prompt_problems
+from abliteration.prompt_sets import PromptSet, load_prompt_sets, prompt_problems, sample
 from abliteration.strengths import layer_problems
 from abliteration.trials import Trials
 from common import artifacts, chat, distributed
@@ -32,7 +33,7 @@ from common.tracking import table
 VERSION = 2
 # How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
-MAX_TRIAL_PROMPTS = 64
+MAX_TRIAL_PROMPTS = 48
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +74,15 @@ class Choice:
         reason: why this one.
         candidates: all of them.
         trials: of a search.
+        best: the one of them that was taken.
     """
 
     candidate: selection.Candidate
     settings: Any
     reason: str
     candidates: Sequence[selection.Candidate]
-    trials: Sequence[search.Trial] = field(default=())
+    trials: Sequence[search.Trial] = ()
+    best: search.Trial | None = None
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -136,14 +139,14 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
     if recipe.abliteration.layer_by_layer:
         findings = _find_layer_by_layer(ground)
         choice = _take_fixed(ground, findings)
-        writers = placed_writers(open_checkpoint(base))
-        edit = _build_edit(ground, findings, choice, writers)
-        scores = None
+        edit = _build_edit(ground, findings, choice, placed_writers(open_checkpoint(base)))
+        scores, streams = None, {}
     else:
         model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.abliteration.load_in_4bit)
         findings, choice = _find_and_choose(ground, model)
         edit = _build_edit(ground, findings, choice, find_writers(model))
         scores = export.score(model, ground.tokenizer, ground.validation, edit, ground.batch_size)
+        streams = _read_streams(ground, model, choice.candidate.position)
         del model
     if distributed.is_main():
         save_edit(edit, folder / "edit.safetensors")
@@ -152,6 +155,7 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
     )
     if distributed.is_main():
         _record(ground, choice, edit, report, tracker)
+        _illustrate(ground, findings, choice, edit, report, streams)
     _log_outcome(choice, edit)
 
 
@@ -266,13 +270,12 @@ def _search(
     settings = ground.recipe.abliteration.selection
     assert settings.name == "search"
     writers = find_writers(model)
-    harmless = validation.harmless[:MAX_TRIAL_PROMPTS]
     judged = Trials(
         model,
         ground.tokenizer,
-        harmful=validation.target[:MAX_TRIAL_PROMPTS],
+        harmful=sample(validation.target, MAX_TRIAL_PROMPTS, ground.recipe.seed),
         openings=refusal_openings(answers),
-        harmless=harmless,
+        harmless=sample(validation.harmless, MAX_TRIAL_PROMPTS, ground.recipe.seed),
         max_answer_tokens=settings.answer_tokens,
         batch_size=ground.batch_size * settings.trials_per_pass,
     )
@@ -315,7 +318,8 @@ def _search(
         float(direction.vectors[0].norm()),
         kl=best.kl,
     )
-    return Choice(candidate, search.edit_settings(best.params), reason, scored.candidates, trials)
+    settings_found = search.edit_settings(best.params)
+    return Choice(candidate, settings_found, reason, scored.candidates, trials, best)
 
 
 def _answer_baseline(ground: Ground, model: PreTrainedModel) -> list[baseline.Answer]:
@@ -328,7 +332,7 @@ def _answer_baseline(ground: Ground, model: PreTrainedModel) -> list[baseline.An
         for answer in baseline.answer_baseline(
             model,
             ground.tokenizer,
-            part[:MAX_BASELINE_PROMPTS],
+            sample(part, MAX_BASELINE_PROMPTS, ground.recipe.seed),
             harmful=harmful,
             batch_size=ground.batch_size,
         )
@@ -442,6 +446,56 @@ def _record(
         tracker.log({"trials": table(columns, [[t.get(c) for c in columns] for t in trials])})
     tracker.summary.update({f"chosen/{k}": v for k, v in chosen.items() if v is not None})
     tracker.summary.update({k: v for k, v in report.as_data().items() if v is not None})
+
+
+def _read_streams(ground: Ground, model: PreTrainedModel, position: int) -> dict[str, Tensor]:
+    """resid_pre of held-out prompts at the chosen position, for the pictures."""
+    num_positions = chat.num_instruction_end_tokens(ground.tokenizer)
+    streams = {}
+    for kind in ("target", "harmless"):
+        file = ground.folder / f"{kind}.npy"
+        read = collect(
+            model,
+            ground.tokenizer,
+            getattr(ground.validation, kind)[: illustration.MAX_PROMPTS],
+            num_positions=num_positions,
+            batch_size=ground.batch_size,
+            keep_samples=file,
+        )
+        assert read.samples is not None
+        streams[kind] = illustration.stack_at(read.samples, position)
+    return streams
+
+
+def _illustrate(
+    ground: Ground,
+    findings: Findings,
+    choice: Choice,
+    edit: Edit,
+    report: export.Report,
+    streams: Mapping[str, Tensor],
+) -> None:
+    settings = ground.recipe.abliteration.selection
+    names = {"target": edit.about["target"].replace("_", " "), "harmless": "harmless"}
+    searched = None
+    if choice.best is not None and settings.name == "search":
+        searched = illustration.search_of(choice.trials, choice.best, settings.max_refusal)
+    illustration.write(
+        ground.folder / "report.html",
+        name=ground.recipe.name,
+        findings=findings,
+        chosen=choice.candidate,
+        reason=choice.reason,
+        candidates=choice.candidates,
+        max_kl=None if settings.name == "fixed" else settings.max_kl,
+        searched=searched,
+        edit=edit,
+        writers=placed_writers(open_checkpoint(ground.base)),
+        exported=report,
+        streams={names[kind]: part for kind, part in streams.items()},
+    )
+    for file in ground.folder.glob("*.npy"):
+        file.unlink()
 
 
 def _log_outcome(choice: Choice, edit: Edit) -> None:

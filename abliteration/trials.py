@@ -5,6 +5,7 @@ how far whole answers to harmless prompts diverge (teacher-forced), and how many
 (generation, ended as soon as an answer is settled).
 """
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,12 +18,15 @@ from common.architecture import find_writers
 from common.branches import Branches, continuation_logps, plan
 from common.divergence import answer_logits, batches, kl_divergence
 from common.edits import Edit
+from common.errors import StageError
 from common.generation import continue_rows, generate
 from common.hooks import applied_in_trials, share_a_pass
 from common.refusal import OPENING_CHARACTERS, is_refusal
 
 # How far an answer is generated where nothing settles it earlier.
 ANSWER_TOKENS = 100
+
+EVERY = slice(None)
 
 # From prompts by number and the edits of a pass to one tensor [edits] per prompt.
 Measure = Callable[[Sequence[int], Sequence[Edit]], list[Tensor]]
@@ -52,6 +56,9 @@ class Trials:
             harmless: prompts that it answers.
             max_answer_tokens: how much of its answers to those is compared.
             batch_size: rows of a forward pass, over all trials in it.
+
+        Raises:
+            StageError: if all its answers to harmless prompts are empty.
         """
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.pad_id = int(tokenizer.pad_token_id)
@@ -67,6 +74,11 @@ class Trials:
         )
         prompts = chat.encode(tokenizer, harmless)
         self.harmless = [pair for pair in zip(prompts, answers, strict=True) if pair[1]]
+        if not self.harmless:
+            raise StageError(
+                f"abliteration: the model's answers to all {len(harmless)} harmless prompts are empty, so no "
+                "divergence can be measured on them; check its chat template, or choose other prompts"
+            )
         with torch.inference_mode():
             plan(model)
             self.expected = self._answer_logits()
@@ -75,7 +87,7 @@ class Trials:
         #: Mean probability that the unedited model's answer to a harmful prompt begins as a refusal.
         self.original_refusal = sum(probabilities) / len(probabilities)
 
-    def refusal(self, edits: Sequence[Edit]) -> list[list[float]]:
+    def refusal(self, edits: Sequence[Edit], prompts: slice = EVERY) -> list[list[float]]:
         """Under each edit, for each harmful prompt, the probability that the answer begins as a refusal."""
 
         def measure(part: Sequence[int], together: Sequence[Edit]) -> list[Tensor]:
@@ -84,9 +96,9 @@ class Trials:
             return list(refusal_log_odds(logps).sigmoid().reshape(len(together), -1).T)
 
         lengths = [row.num_tokens for row in self.harmful]
-        return self._over_prompts(edits, lengths, measure)
+        return self._over_prompts(edits, lengths, measure, prompts)
 
-    def divergence(self, edits: Sequence[Edit]) -> list[float]:
+    def divergence(self, edits: Sequence[Edit], prompts: slice = EVERY) -> list[float]:
         """Under each edit, the mean KL(original || edited) over the tokens of the harmless answers, in nats."""
 
         def measure(part: Sequence[int], together: Sequence[Edit]) -> list[Tensor]:
@@ -94,18 +106,22 @@ class Trials:
             logits = answer_logits(
                 self.model, prompts * len(together), answers * len(together), self.pad_id
             )
-            expected = [self.expected[index] for index in part] * len(together)
-            sums = torch.stack(
-                [
-                    kl_divergence(before, after, torch.float32).double().sum()
-                    for before, after in zip(expected, logits, strict=True)
-                ]
-            )
-            return list(sums.reshape(len(together), -1).T)
+            expected = torch.cat([self.expected[index] for index in part])
+            # One trial at a time: in float32 a whole vocabulary at every token takes room.
+            by_trial = [
+                _sum_by_answer(expected, logits[first : first + len(part)], answers)
+                for first in range(0, len(logits), len(part))
+            ]
+            return list(torch.stack(by_trial, dim=1))
 
         lengths = [len(prompt) + len(answer) for prompt, answer in self.harmless]
-        num_tokens = sum(len(answer) for _, answer in self.harmless)
-        return [sum(sums) / num_tokens for sums in self._over_prompts(edits, lengths, measure)]
+        num_tokens = max(self.num_answer_tokens(prompts), 1)
+        summed = self._over_prompts(edits, lengths, measure, prompts)
+        return [sum(sums) / num_tokens for sums in summed]
+
+    def num_answer_tokens(self, prompts: slice = EVERY) -> int:
+        """How many tokens a divergence is the mean of."""
+        return sum(len(answer) for _, answer in self.harmless[prompts])
 
     def refusal_rate(self, edits: Sequence[Edit]) -> list[float]:
         """Under each edit, the share of the harmful prompts that are refused."""
@@ -129,7 +145,11 @@ class Trials:
 
     @torch.inference_mode()
     def _over_prompts(
-        self, edits: Sequence[Edit], lengths: Sequence[int], measure: Measure
+        self,
+        edits: Sequence[Edit],
+        lengths: Sequence[int],
+        measure: Measure,
+        prompts: slice = EVERY,
     ) -> list[list[float]]:
         """Measure each prompt under each edit: [edits, prompts]; the processes share the prompts."""
         results: list[list[float]] = [[] for _ in edits]
@@ -146,7 +166,7 @@ class Trials:
                         values |= dict(zip(part, measured, strict=True))
                 return [values[index] for index in mine]
 
-            by_prompt = distributed.share(range(len(lengths)), work)
+            by_prompt = distributed.share(range(len(lengths))[prompts], work)
             for place, number in enumerate(numbers):
                 results[number] = [row[place] for row in by_prompt]
         return results
@@ -176,9 +196,22 @@ class Trials:
         return logits
 
 
-def is_settled(text: str) -> bool:
-    """Whether an answer needs no further tokens to be judged: it refuses, or is past where refusals begin.
+def _sum_by_answer(
+    expected: Tensor, logits: Sequence[Tensor], answers: Sequence[Sequence[int]]
+) -> Tensor:
+    """The KL of each answer's tokens, summed: [answers]."""
+    by_token = kl_divergence(expected, torch.cat(list(logits)), torch.float32)
+    return torch.stack([part.sum() for part in by_token.split([len(each) for each in answers])])
 
-    Its last word may not be whole yet.
+
+def is_settled(text: str) -> bool:
+    """Whether an answer can be judged, however it goes on: it refuses, or is past where refusals begin.
+
+    A refusal counts up to the last mark of punctuation only: behind one no idiom goes on, as "I can't" does in
+    "I can't wait to help". What an opening may hold is counted as `is_refusal` reads it.
     """
-    return len(text) > OPENING_CHARACTERS or is_refusal(text.rpartition(" ")[0])
+    read = " ".join(unicodedata.normalize("NFKC", text).split())
+    if len(read) > OPENING_CHARACTERS:
+        return True
+    last = max(map(text.rfind, ".,;:!?"))
+    return is_refusal(text[: last + 1])

@@ -47,16 +47,18 @@ def main() -> None:
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     tokenizer = load_tokenizer(PATIENT)
     short, mixed = patient_prompts(), mixed_prompts(64)
+    system = " ".join(random.Random(1).choices(" ".join(short).split(), k=16))
+    opened = [f"{system} {prompt}" for prompt in mixed]
     with tempfile.TemporaryDirectory() as folder:
-        save_qwen2(Path(folder), len(tokenizer))
+        qwen2 = Path(folder)
+        save_qwen2(qwen2, len(tokenizer))
         rows = [
+            speed("Qwen2 (104M, 12 layers), mixed lengths", qwen2, tokenizer, mixed, 3),
+            speed("Qwen2 behind a system prompt", qwen2, tokenizer, opened, 3),
             speed("patient (1M, 5 layers), its own prompts", PATIENT, tokenizer, short, 9),
-            speed(
-                "patient (1M, 5 layers), mixed lengths", PATIENT, tokenizer, mixed_prompts(384), 5
-            ),
-            speed("Qwen2 (104M, 12 layers), mixed lengths", Path(folder), tokenizer, mixed, 3),
-            growth(Path(folder)),
-            layered(Path(folder)),
+            speed("patient, mixed lengths", PATIENT, tokenizer, mixed_prompts(384), 5),
+            growth(qwen2),
+            layered(qwen2),
         ]
     print(json.dumps({"name": "extract", "rows": rows, "ratio": rows[0]["ratio"]}))
 
@@ -134,20 +136,20 @@ def plain_sorted(
 
 
 def growth(folder: Path) -> dict[str, Any]:
-    """The peak of `collect` on some prompts and on four times as many."""
-    few, many = (peak("whole", folder, count) for count in (48, 192))
-    print(f"memory of collect: {few:.0f} MB for 48 prompts, {many:.0f} MB for 192")
+    """The peak of `collect` on some prompts and on four times as many of the same lengths."""
+    few, many = (peak("whole", folder, count) for count in (96, 384))
+    print(f"memory of collect: {few:.1f} MB for 96 prompts, {many:.1f} MB for 384")
     return {
-        "shape": "Qwen2 104M, growth of the peak over the loaded model: 48 prompts against 192",
+        "shape": "Qwen2 104M, growth of the peak over the loaded model: 96 prompts against 384",
         "ratio": round(few / many, 3),
         "bar": 0.8,
-        "megabytes": {"48": round(few, 1), "192": round(many, 1)},
+        "megabytes": {"96": round(few, 1), "384": round(many, 1)},
     }
 
 
 def layered(folder: Path) -> dict[str, Any]:
     """The peak of loading and reading the whole model, and of going through it block by block."""
-    whole, layer = (peak(way, folder, 48) for way in ("load", "layerwise"))
+    whole, layer = (peak(way, folder, 96) for way in ("load", "layerwise"))
     print(f"memory with the weights: whole model {whole:.0f} MB, block by block {layer:.0f} MB")
     return {
         "shape": "Qwen2 104M (416 MB in float32), weights included: whole model against layerwise",
@@ -166,12 +168,12 @@ def peak(way: str, folder: Path, count: int) -> float:
 
 def measure_peak(way: str, folder: Path, count: int) -> None:
     """Print the megabytes of one way; runs in the process of its own."""
-    tokenizer, prompts = load_tokenizer(PATIENT), mixed_prompts(count)
+    tokenizer, prompts = load_tokenizer(PATIENT), patient_prompts()[:count]
     model = load_model(folder, dtype="float32") if way == "whole" else None
     # Warm up, so that what libraries hold on their first use is not counted.
     ours(load_model(PATIENT), tokenizer, prompts[:BATCH_SIZE])
     if model is not None:
-        ours(model, tokenizer, prompts[:BATCH_SIZE])
+        ours(model, tokenizer, prompts[:1])  # reads the weights, which are mapped until then
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = _resident("VmRSS")
     if way == "layerwise":

@@ -12,6 +12,7 @@ the size. Ratio is copy seconds over edit seconds. The last line is one JSON obj
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -184,16 +185,30 @@ def edit_of(config: LlamaConfig) -> Edit:
 def timed(command: list[str], folder: Path) -> tuple[float, int]:
     """Wall seconds of a command and the sync behind it, and its peak memory in bytes."""
     began = time.perf_counter()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    os.sync()
-    took = time.perf_counter() - began
-    if status:
+    ) as process:
+        peak = 0
+        while process.poll() is None:
+            # Not the usage that wait() gives: that begins with the memory of this process.
+            peak = max(peak, high_water(process.pid))
+            time.sleep(0.05)
+        os.sync()
+        took = time.perf_counter() - began
         assert process.stderr is not None
-        sys.exit(process.stderr.read().decode())
-    return took, usage.ru_maxrss * 1024
+        if process.returncode:
+            sys.exit(process.stderr.read().decode())
+    return took, peak
+
+
+def high_water(process: int) -> int:
+    """The peak memory of a process so far, in bytes; 0 if it has just ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Prompts as the model sees them: chat template, generation prompt, and exactly one beginning-of-sequence token.
 
 Models that think aloud before they answer are asked with an empty thought, in every stage alike: a direction
-found behind one opening of the answer is not the one behind another. `close_thinking` amends the template once,
-when a tokenizer is loaded, so that whoever uses the tokenizer sees the same prompt.
+found behind one opening of the answer is not the one behind another. `close_thinking` and `fix_date` amend the
+template once, when a tokenizer is loaded, so that whoever uses the tokenizer sees the same prompt.
 """
 
 import contextlib
@@ -22,6 +22,11 @@ Messages = list[dict[str, Any]]
 Render = Callable[[str, Messages, bool], str]
 
 NO_THINKING = "{%- set enable_thinking = false %}"
+# In place of the function that templates ask for the day: 1 January 2025, in the formats they use.
+SAME_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format | replace('%Y', '2025') | replace('%m', '01') "
+    "| replace('%d', '01') | replace('%b', 'Jan') | replace('%B', 'January') }}{%- endmacro -%}"
+)
 # An empty thought of the harmony format (gpt-oss), and the opening of the answer behind it.
 HARMONY_CLOSING = (
     "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
@@ -51,6 +56,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Messages) -> str:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
     return text
+
+
+def fix_date(template: str) -> str:
+    """A chat template that writes the same date every day, where it writes one (Llama 3.2, gpt-oss).
+
+    The prompts of a recipe would otherwise change overnight, between two stages even.
+    """
+    return (
+        SAME_DAY + template if "strftime_now" in template and SAME_DAY not in template else template
+    )
 
 
 def close_thinking(template: str, render: Render) -> str:

@@ -16,10 +16,12 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +31,7 @@ from common.edits import SIDECAR, Edit, edited_bias, save_edit
 from common.errors import InputError, StageError
 from common.journal import Journal, journaled
 from common.shards import INDEX, SINGLE, Shard, buffer_for, bytes_of, read_exactly, read_tensor
-from common.slices import edit_in_place, written_along
+from common.slices import edit_in_place
 from common.stored_writers import (
     Checkpoint,
     Placed,
@@ -40,7 +42,8 @@ from common.stored_writers import (
 
 # Rises when the same edit of the same files would give other bytes: then no partial folder is gone on with.
 VERSION = 1
-COPY_BYTES = 8 << 20
+# Pieces that stay in a processor's cache between reading and writing.
+COPY_BYTES = 1 << 18
 FICLONE = 0x40049409  # linux/fs.h
 CANNOT_CLONE = {
     errno.EOPNOTSUPP,
@@ -217,17 +220,30 @@ def _write_regions(
     has its full size. An edited tensor is there when the journal says so.
     """
     there = file.seek(0, os.SEEK_END)
-    for begin, end, placed in _regions(shard, touched):
-        if placed is None:
-            yield min(there, end) - min(there, begin)
-            yield from _copy(source, file, max(begin, min(there, end)), end)
-            continue
-        if placed.stored.name not in journal.steps[shard.name]:
-            tensor = read_tensor(source, placed.stored, buffer)
-            before, after = _edit_tensor(tensor, placed, edit)
-            _write_at(file, begin, bytes_of(buffer[: end - begin]))
-            journal.step(shard.name, placed.stored.name, before=before, after=after)
-        yield end - begin
+    regions = list(_regions(shard, touched))
+    done = journal.steps[shard.name]
+    waiting = [placed for _, _, placed in regions if placed and placed.stored.name not in done]
+
+    def edited(placed: Placed) -> tuple[float, float]:
+        torch.set_num_threads(1)  # of this thread: slices are too small to share
+        return _edit_tensor(read_tensor(source, placed.stored, buffer), placed, edit)
+
+    # One tensor is edited while what stands before it is copied.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = pool.submit(edited, waiting[0]) if waiting else None
+        for begin, end, placed in regions:
+            if placed is None:
+                yield min(there, end) - min(there, begin)
+                yield from _copy(source, file, max(begin, min(there, end)), end)
+                continue
+            if waiting and placed is waiting[0]:
+                assert ahead is not None
+                before, after = ahead.result()
+                _write_at(file, begin, bytes_of(buffer[: end - begin]))
+                journal.step(shard.name, placed.stored.name, before=before, after=after)
+                del waiting[0]
+                ahead = pool.submit(edited, waiting[0]) if waiting else None
+            yield end - begin
 
 
 def _regions(
@@ -251,10 +267,9 @@ def _edit_tensor(tensor: Tensor, placed: Placed, edit: Edit) -> tuple[float, flo
     removal, addition = edit.removals.get(name), edit.additions.get(name)
     if placed.place.part == "weight":
         assert removal is not None
-        basis = edit.basis(name)
-        before = written_along(tensor, basis, layout)
-        edit_in_place(tensor, basis, edit.strengths(name), removal.keep_norm, layout)
-        return before, written_along(tensor, basis, layout)
+        return edit_in_place(
+            tensor, edit.basis(name), edit.strengths(name), removal.keep_norm, layout
+        )
     if removal is not None:
         tensor.copy_(edited_bias(tensor, edit.basis(name), edit.strengths(name)))
     if addition is not None:

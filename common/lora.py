@@ -14,6 +14,7 @@ disabled, as PEFT's documentation of that setting says.
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from common.artifacts import write_json
 from common.edits import Edit, edited_bias
 from common.errors import InputError
 from common.shards import buffer_for, read_tensor
-from common.slices import experts_by_input, slices_of
+from common.slices import experts_of, slices_of, writes_last
 from common.stored_writers import (
     Checkpoint,
     Placed,
@@ -55,6 +56,7 @@ def save_adapter(source: Path, edit: Edit, output: Path, base_model: str | None 
     """
     checkpoint = open_checkpoint(source)
     require_fit(checkpoint, edit)
+    edit = replace(edit, removals={n: r for n, r in edit.removals.items() if not r.is_void})
     _require_form(checkpoint, edit)
     output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -215,10 +217,20 @@ def _factors(
     for placed in checkpoint.weights(name):
         weight = _read(placed, buffer)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for matrix in experts_by_input(weight, placed.place.layout):
-            along = [part.double() @ basis.T for part in slices_of(matrix)]
-            parts.append(torch.cat(along).T.to(dtype))
+        for matrix in experts_of(weight, placed.place.layout):
+            parts.append(_along(matrix, basis, placed.place.layout).to(dtype))
     return torch.cat(parts), (-basis.T * strengths).to(parts[0].dtype)
+
+
+def _along(matrix: Tensor, basis: Tensor, layout: Layout) -> Tensor:
+    """U W [rank, d_in] of a weight as it is stored, in float64."""
+    parts = slices_of(matrix)
+    if writes_last(layout):
+        return torch.cat([part.double() @ basis.T for part in parts]).T
+    along = basis.new_zeros(len(basis), matrix.shape[1])
+    for own, part in zip(basis.split(len(parts[0]), dim=1), parts, strict=True):
+        along.addmm_(own, part.double())
+    return along
 
 
 def _fused(

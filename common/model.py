@@ -30,15 +30,23 @@ from common.edits import SIDECAR, load_edit
 from common.errors import InputError
 from common.hooks import add_for_good
 
+# How text and images become what the model reads, the templates of conversations included.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "tekken.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 NEEDED_FILES = (
     "*.safetensors",
@@ -124,8 +132,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 def identity_files(folder: Path) -> list[Path]:
     """The files that make a model what it is: weights, configuration, tokenizer and template."""
-    others = [folder / name for name in ("config.json", "generation_config.json", *TOKENIZER_FILES)]
-    return [*weight_files(folder), *(file for file in others if file.is_file())]
+    others = [folder / name for name in ("config.json", "generation_config.json")]
+    return [
+        *weight_files(folder),
+        *(file for file in others if file.is_file()),
+        *tokenizer_files(folder),
+    ]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model folder's tokenizer and processor."""
+    return [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
 
 
 def load_config(folder: Path) -> Any:  # noqa: ANN401  # each family has a class of its own
@@ -159,7 +176,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
             f"model: {path} has no chat template, so it is no chat model and cannot refuse as one; add "
             "chat_template.jinja, or name its instruct version"
         )
-    _close_thinking(tokenizer, path)
+    _amend_template(tokenizer, path)
     # Right padding would make the last position of a short prompt a pad token.
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -168,7 +185,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     return checked
 
 
-def _close_thinking(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def _amend_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Amend the template in memory; the model's own files keep theirs."""
 
     def render(template: str, messages: chat.Messages, add_generation_prompt: bool) -> str:
@@ -183,7 +200,8 @@ def _close_thinking(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Non
 
     try:
         own = tokenizer.get_chat_template()  # of several, the one for a conversation without tools
-        closed = chat.close_thinking(own, render)
+        dated = chat.fix_date(own)
+        closed = chat.close_thinking(dated, render)
     except (jinja2.TemplateError, ValueError) as error:
         raise InputError(
             f"model: the chat template of {path} cannot render a user turn of plain text "
@@ -191,7 +209,7 @@ def _close_thinking(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Non
         ) from error
     if closed != own:
         tokenizer.chat_template = closed
-        if distributed.is_main():
+        if closed != dated and distributed.is_main():
             _log_once(
                 "model: it thinks before it answers; every stage opens its answers behind an empty thought"
             )

@@ -15,7 +15,6 @@ from transformers import DynamicCache, PreTrainedModel
 from common import chat
 from common.architecture import find_blocks
 
-
 # Keys and values [1, heads, length, head size] of each block but the last.
 Opening = list[tuple[Tensor, Tensor]]
 

@@ -7,8 +7,9 @@ other bytes in its place. Source: https://github.com/huggingface/safetensors#for
 
 import json
 import math
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -182,9 +183,13 @@ def read_exactly(file: BinaryIO, offset: int, into: memoryview) -> None:
         into, offset = into[count:], offset + count
 
 
-def buffer_for(tensors: list[StoredTensor]) -> Tensor:
-    """A buffer [bytes] that the largest of some tensors fits into."""
-    return torch.empty(max((tensor.num_bytes for tensor in tensors), default=0), dtype=torch.uint8)
+def buffer_for(tensors: Sequence[StoredTensor]) -> Tensor:
+    """A buffer [bytes] uint8 that the largest of some tensors fits into."""
+    size = max((tensor.num_bytes for tensor in tensors), default=0)
+    memory = mmap.mmap(-1, max(size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # reading into small pages took three times as long
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -1,11 +1,12 @@
 """A weight edited in place, a slice at a time.
 
-Whole, a weight and its changes take several times its own memory in float32, and more time than the slices do
-that fit a processor's cache. The slices are the same wherever the weight lies, so that the edit on disk and the
-edit in memory give the same bits.
+Whole, a weight and its changes take several times its own memory in float32, and more time than slices do that
+fit a processor's cache. The slices are the same wherever the weight lies, so that the edit on disk and the edit
+in memory give the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -17,29 +18,14 @@ from common.architecture import Layout
 # its rows (what is written to one coordinate of the stream), or none.
 KeepNorm = Literal["none", "column", "row"]
 
-# Numbers in a slice: 2 MB in float32.
-SLICE_NUMBERS = 1 << 19
-
-
-def project(output: Tensor, basis: Tensor, strengths: Tensor) -> Tensor:
-    """Remove a share of the components along orthonormal vectors from the last axis.
-
-    Args:
-        output: [..., tokens, d_model].
-        basis: orthonormal vectors [..., k, d_model].
-        strengths: [..., k].
-
-    Returns:
-        output - sum_i s_i (output . u_i) u_i, of the same shape.
-    """
-    basis = basis.to(output)
-    return output - (output @ basis.mT * strengths.to(output).unsqueeze(-2)) @ basis
+# Numbers in a slice: half a megabyte in float32.
+SLICE_NUMBERS = 1 << 17
 
 
 @torch.no_grad()
 def edit_in_place(
     weight: Tensor, basis: Tensor, strengths: Tensor, keep_norm: KeepNorm, layout: Layout
-) -> None:
+) -> tuple[float, float]:
     """Remove from a writer's weight what it writes along orthonormal vectors.
 
     Computed in float32 or wider, and rounded to the weight's own dtype. Needs little memory beside the weight.
@@ -52,66 +38,121 @@ def edit_in_place(
             of a column or row that lies wholly along a removed vector, which becomes 0.
         layout: how the weight is stored.
 
+    Returns:
+        |U W|^2 before and after: what the weight writes along the vectors, summed over them, inputs and experts.
+
     Source: Arditi et al. 2024, arXiv:2406.11717, "weight orthogonalization"; restoring norms changes
         W' = P W to P W diag(s) (columns), or to diag(1/n) (D P D^-1 W) with D the row norms (rows).
     """
-    for matrix in experts_by_input(weight, layout):
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    basis = basis.to(weight.device, wide)
+    strengths = strengths.to(weight.device, wide)
+    edit = _edit_inputs if writes_last(layout) else _edit_coordinates
+    before = after = 0.0
+    for matrix in experts_of(weight, layout):
+        squares = edit(matrix, basis, strengths, keep_norm)
+        before, after = before + squares[0], after + squares[1]
+    return before, after
+
+
+def experts_of(weight: Tensor, layout: Layout) -> Tensor:
+    """A weight as [experts, ...]; as a single expert where it is not of a mixture."""
+    return weight if layout.startswith("experts") else weight[None]
+
+
+def writes_last(layout: Layout) -> bool:
+    """Whether the last axis of a stored weight is the residual stream's."""
+    return layout in ("embedding", "conv1d", "experts_transposed")
+
+
+def slices_of(matrix: Tensor) -> Sequence[Tensor]:
+    """Some rows at a time of a matrix as it is stored, so that a slice is one piece of memory."""
+    parts: Sequence[Tensor] = matrix.split(max(1, SLICE_NUMBERS // matrix.shape[1]))
+    return parts
+
+
+def _edit_coordinates(
+    matrix: Tensor, basis: Tensor, strengths: Tensor, keep_norm: KeepNorm
+) -> tuple[float, float]:
+    """Edit a weight [d_model, d_in]: a slice is some coordinates of the stream, for all inputs."""
+    parts = slices_of(matrix)
+    own = basis.split(len(parts[0]), dim=1)
+    widen = _widener(parts, basis.dtype)
+    before = _sum(u @ widen(part) for u, part in zip(own, parts, strict=True))
+    along = before
+    if keep_norm == "row":
+        along = _sum(u @ _unit_rows(widen(part))[0] for u, part in zip(own, parts, strict=True))
+    removed = strengths[:, None] * along
+    scale = basis.new_ones(())
+    if keep_norm == "column":
+        squares = _sum(widen(part).square().sum(dim=0) for part in parts)
+        left = _sum(
+            widen(part).addmm_(u.T, removed, alpha=-1).square().sum(dim=0)
+            for u, part in zip(own, parts, strict=True)
+        )
+        scale = _ratio(squares.sqrt(), left.sqrt())
+    after = torch.zeros_like(before)
+    for u, part in zip(own, parts, strict=True):
+        wide = widen(part)
         if keep_norm == "row":
-            _edit_rows(matrix, basis, strengths)
-        else:
-            _edit_inputs(matrix, basis, strengths, keep_norm=keep_norm == "column")
+            wide, scale = _unit_rows(wide)
+        wide.addmm_(u.T, removed, alpha=-1)
+        if keep_norm == "row":
+            scale = _ratio(scale, wide.norm(dim=1, keepdim=True))
+        part.copy_(wide if keep_norm == "none" else wide.mul_(scale))
+        after.addmm_(u, widen(part))
+    return float(before.square().sum()), float(after.square().sum())
 
 
-def written_along(weight: Tensor, basis: Tensor, layout: Layout) -> float:
-    """How much a weight writes along vectors [k, d_model]: |U W|^2, summed over vectors and inputs."""
-    # What an edit leaves in 16 bits is their rounding, which float32 shows; wider weights need float64.
-    dtype = torch.float32 if weight.dtype.itemsize == 2 else torch.float64
-    basis = basis.to(dtype)
-    return sum(
-        float((part.to(dtype) @ basis.T).double().square().sum())
-        for matrix in experts_by_input(weight, layout)
-        for part in slices_of(matrix)
-    )
+def _edit_inputs(
+    matrix: Tensor, basis: Tensor, strengths: Tensor, keep_norm: KeepNorm
+) -> tuple[float, float]:
+    """Edit a weight [d_in, d_model]: a slice is some inputs, for all coordinates of the stream."""
+    parts = slices_of(matrix)
+    widen = _widener(parts, basis.dtype)
+    unit = scale = basis.new_ones(())
+    if keep_norm == "row":
+        norms = _sum(widen(part).square().sum(dim=0) for part in parts).sqrt()
+        unit = _ratio(torch.ones_like(norms), norms)
+
+    def project_(wide: Tensor, along: Tensor) -> Tensor:
+        return wide.addmm_(along * strengths, basis, alpha=-1)
+
+    if keep_norm == "row":
+        scaled = (widen(part).mul_(unit) for part in parts)
+        left = _sum(project_(wide, wide @ basis.T).square().sum(dim=0) for wide in scaled)
+        scale = _ratio(norms, left.sqrt())
+    before, after = basis.new_zeros(()), basis.new_zeros(())
+    for part in parts:
+        wide = widen(part)
+        along = wide @ basis.T
+        before += along.square().sum()
+        if keep_norm == "row":
+            along = wide.mul_(unit) @ basis.T
+        elif keep_norm == "column":
+            scale = wide.norm(dim=1, keepdim=True)
+        project_(wide, along)
+        if keep_norm == "column":
+            scale = _ratio(scale, wide.norm(dim=1, keepdim=True))
+        part.copy_(wide if keep_norm == "none" else wide.mul_(scale))
+        after += (widen(part) @ basis.T).square().sum()
+    return float(before), float(after)
 
 
-def experts_by_input(weight: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """Views [d_in, d_model] of a weight, one per expert: row j is what input j writes."""
-    writes_last = layout in ("embedding", "conv1d", "experts_transposed")
-    for matrix in weight if layout.startswith("experts") else weight[None]:
-        yield matrix if writes_last else matrix.T
+def _widener(parts: Sequence[Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Gives slices in a wider type, all in the same memory: each until the next."""
+    scratch = torch.empty_like(parts[0], dtype=dtype, memory_format=torch.contiguous_format)
+    return lambda part: scratch[: len(part)].copy_(part)
 
 
-def slices_of(matrix: Tensor) -> Iterator[Tensor]:
-    """Views [some inputs, d_model] of a matrix [d_in, d_model]."""
-    yield from matrix.split(max(1, SLICE_NUMBERS // matrix.shape[1]))
+def _unit_rows(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the rows of a slice to length 1, in place; returns them and their lengths before."""
+    norms = wide.norm(dim=1, keepdim=True)
+    return wide.mul_(_ratio(torch.ones_like(norms), norms)), norms
 
 
-def _edit_inputs(matrix: Tensor, basis: Tensor, strengths: Tensor, *, keep_norm: bool) -> None:
-    for part in slices_of(matrix):
-        wide = _widened(part)
-        edited = project(wide, basis, strengths)
-        if keep_norm:
-            edited = edited * _ratio(wide.norm(dim=-1), edited.norm(dim=-1)).unsqueeze(-1)
-        part.copy_(edited)
-
-
-def _edit_rows(matrix: Tensor, basis: Tensor, strengths: Tensor) -> None:
-    """A row of W runs through all slices: its norms before and behind the projection come first."""
-    norms = _joined([_widened(part).norm(dim=0) for part in slices_of(matrix)])
-    scale = _ratio(torch.ones_like(norms), norms)
-    projected = (project(_widened(part) * scale, basis, strengths) for part in slices_of(matrix))
-    restored = _ratio(norms, _joined([part.norm(dim=0) for part in projected]))
-    for part in slices_of(matrix):
-        part.copy_(project(_widened(part) * scale, basis, strengths) * restored)
-
-
-def _joined(norms: list[Tensor]) -> Tensor:
-    """The norms of rows from those of their pieces."""
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm(dim=0)
-
-
-def _widened(part: Tensor) -> Tensor:
-    return part.detach().to(torch.promote_types(part.dtype, torch.float32))
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def build(
         settings: of the recipe.
         rows: what was measured, in the order of the recipe.
         items: of all rows and models.
-        residual: how much of the direction the abliterated and the healed weights still write.
+        residual: how much of what was removed the abliterated and the healed weights still write; None where
+            nothing was removed.
 
     Raises:
         ValueError: if the models did not answer the same items, or the outcome does not follow the

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from common import artifacts, distributed
 from common.artifacts import Stopwatch
-from common.edits import load_edit
+from common.edits import Edit, load_edit
 from common.model import load_tokenizer
 from common.recipe import Recipe
 from common.tracking import table
@@ -25,7 +25,7 @@ from eval.items import MODELS, Item, ModelName
 from eval.results import Limits, Settings
 from eval.subjects import Writes, load_subject, residual, writes_along
 
-VERSION = 1
+VERSION = 2
 # What can change a number; the versions go into results.json, not into the fingerprint.
 LIBRARIES = (
     "torch",
@@ -104,12 +104,13 @@ def run(
         for spec in recipe.eval.benchmarks
         for loaded in component(spec.name).load(spec, tokenizer, batch_size=recipe.eval.batch_size)
     ]
-    measured, written = _measure(recipe, upstream, benchmarks)
+    edit = load_edit(upstream["abliteration"] / "edit.safetensors")
+    measured, written = _measure(recipe, upstream, benchmarks, edit)
     results = results_file.build(
         _settings(recipe, upstream),
         [loaded.row for loaded in benchmarks],
         measured,
-        residual(*written),
+        residual(edit, *written),
     )
     if distributed.is_main():
         artifacts.write_jsonl(folder / "items.jsonl", [item.record() for item in measured])
@@ -120,10 +121,9 @@ def run(
 
 
 def _measure(
-    recipe: Recipe, upstream: Mapping[str, Path], benchmarks: Sequence[Loaded]
+    recipe: Recipe, upstream: Mapping[str, Path], benchmarks: Sequence[Loaded], edit: Edit
 ) -> tuple[list[Item], tuple[Writes, Writes, Writes]]:
     """Put all benchmarks to the models in turn; the original stays beside the one under test, a third never."""
-    edit = load_edit(upstream["abliteration"] / "edit.safetensors")
     original = load_subject("original", recipe, upstream)
 
     def measure(name: ModelName) -> tuple[list[Item], Writes]:

@@ -48,25 +48,37 @@ def load_healed(recipe: Recipe, upstream: Mapping[str, Path]) -> PreTrainedModel
 
 
 def writes_along(model: PreTrainedModel, edit: Edit) -> Writes:
-    """What each edited writer of a model writes along the vector that was removed from it, in float64."""
+    """What each writer of a model writes along the vectors that an edit names for it: U W in float64."""
     return {
         name: component_along(writer.weight, edit.basis(name), writer.layout).cpu()
         for name, writer in edited_writers(model, edit).items()
     }
 
 
-def residual(original: Writes, abliterated: Writes, healed: Writes) -> dict[str, float]:
-    """How much of the direction is written again, as the largest share of what the original wrote.
+def residual(
+    edit: Edit, original: Writes, abliterated: Writes, healed: Writes
+) -> dict[str, float] | None:
+    """How much of the removed vectors is written again, as the largest share of what the original wrote.
+
+    Args:
+        edit: what was removed from which writer.
+        original: what the original writes along it, by writer.
+        abliterated: the same of the abliterated model.
+        healed: the same of the healed model.
 
     Returns:
-        For `abliterated` |v.W| / |v.W_original|, what the edit left; for `healed`
-        |v.(W - W_abliterated)| / |v.W_original|, what training moved.
+        For `abliterated` |U W| / |U W_original|, what the edit left where it removed something; for `healed`
+        |U (W - W_abliterated)| / |U W_original|, what training moved, also where a strength of 0 left the weight
+        as it was. None where nothing was removed: an edit that only adds leaves all there was.
     """
+    edited = [name for name, removal in edit.removals.items() if not removal.is_void]
+    if not edited:
+        return None
 
     def share(part: torch.Tensor, whole: torch.Tensor) -> float:
         return float(part.norm() / whole.norm()) if whole.norm() > 0 else 0.0
 
     return {
-        "abliterated": max(share(abliterated[name], original[name]) for name in original),
+        "abliterated": max(share(abliterated[name], original[name]) for name in edited),
         "healed": max(share(healed[name] - abliterated[name], original[name]) for name in original),
     }

@@ -1,15 +1,18 @@
 """Ablation-preserving training: nothing that healing adds may write along the removed direction.
 
 After every optimizer step (Adam leaves any subspace, so projecting gradients is not enough) what was added to a
-writer is projected: of a LoRA update B A the factor B, of full training the change of the weight itself.
+writer is projected: of a LoRA update B A the factor B, of full training the change of the weight itself. What an
+edit left along the direction (at strengths below 1, where norms are kept) stays as it is; what an edit adds to the
+stream is no part of this: healing may add along it or against it.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -18,8 +21,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.pytorch_utils import Conv1D
 
-from common.architecture import PlacedWriter, architecture_of
+from common.architecture import PlacedWriter, Writer, architecture_of
 from common.edits import Edit, as_stored, component_along, edited_writers, project
 from common.errors import StageError
 
@@ -49,6 +53,8 @@ class KeepAblated(TrainerCallback):
 def lora_projections(model: nn.Module, edit: Edit) -> list[Projection]:
     """What keeps a model with a LoRA adapter ablated.
 
+    Writers from which nothing is removed at strength 0 are held too; an edit that only adds has nothing to hold.
+
     Args:
         model: a PeftModel.
         edit: the edit of the model below it.
@@ -56,27 +62,35 @@ def lora_projections(model: nn.Module, edit: Edit) -> list[Projection]:
     Raises:
         StageError: if the adapter changes a writer in a way that no projection of a factor can hold.
     """
-    layers = _lora_layers(model)
+    kinds = _kinds(model, edit)
     projections: list[Projection] = []
-    for name in edit.removals:
-        module = layers.get(name)
-        if module is None:
+    accounted = []
+    for path, layer in _lora_layers(model):
+        name = _plain_name(path)
+        if name not in edit.removals:
             continue
-        if any(module.use_dora.values()):
+        if any(layer.use_dora.values()):
             raise StageError(
                 f"train: DoRA rescales the rows of {name}, so its update cannot be kept off the removed direction; set "
                 "train.adapter.use_dora to false, or train.keep_ablated to none"
             )
-        basis = edit.basis(name)
-        for factor in module.lora_B.values():
-            projections.append(_columns_projection(factor, "weight", basis))
-            if factor.bias is not None:
-                projections.append(_columns_projection(factor, "bias", basis))
-        projections += [
-            _columns_projection(module.lora_embedding_B, adapter, basis)
-            for adapter in module.lora_embedding_B
-        ]
-    _require_no_other_writer(model, edit)
+        if _reads_only(layer, kinds[name]):
+            accounted.append(path)
+        elif _writes_by_columns(layer, kinds[name]):
+            accounted.append(path)
+            projections += _factor_projections(layer, edit.basis(name))
+    _require_no_other_writer(model, edit, kinds, accounted)
+    return projections
+
+
+def _factor_projections(layer: LoraLayer, basis: Tensor) -> list[Projection]:
+    projections = []
+    for factor in layer.lora_B.values():
+        projections.append(_columns_projection(factor, "weight", basis))
+        if factor.bias is not None:
+            projections.append(_columns_projection(factor, "bias", basis))
+    for adapter in layer.lora_embedding_B:
+        projections.append(_columns_projection(layer.lora_embedding_B, adapter, basis))
     return projections
 
 
@@ -85,7 +99,7 @@ def full_projections(model: PreTrainedModel, edit: Edit) -> list[Projection]:
 
     Args:
         model: the abliterated model, before its first step.
-        edit: its edit.
+        edit: its edit; writers from which nothing is removed at strength 0 are held too.
     """
     projections: list[Projection] = []
     for name, writer in edited_writers(model, edit).items():
@@ -151,17 +165,22 @@ def _whole(weight: Tensor, shape: torch.Size) -> Tensor:
     return weight
 
 
-def _require_no_other_writer(model: nn.Module, edit: Edit) -> None:
-    """Fail if the adapter trains a writer, or the norm behind one, by other means than a LoRA factor."""
-    layers, held = _lora_layers(model), _held_modules(model, edit)
+def _require_no_other_writer(
+    model: nn.Module, edit: Edit, kinds: Mapping[str, Writer], accounted: Sequence[str]
+) -> None:
+    """Fail if the adapter trains a writer, or the norm behind one, by other means than an accounted LoRA layer."""
+    # A writer that the edit left alone (tied embeddings) has no projection either, so it may not be trained.
+    norms = {
+        name.removesuffix(kind.module) + kind.post_norm
+        for name, kind in kinds.items()
+        if kind.post_norm is not None
+    }
+    held = tuple(f"{module}." for module in {*edit.removals, *edit.left_alone, *norms})
+    factors = tuple(f"{path}.lora_" for path in accounted)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or name.startswith(factors):
             continue
-        plain = _plain_name(name)
-        owner = next((module for module in held if plain.startswith(module + ".")), None)
-        if owner is not None and (
-            owner in edit.left_alone or ".lora_" not in name or _is_expert(layers.get(owner))
-        ):
+        if _plain_name(name).startswith(held):
             raise StageError(
                 f"train: the adapter trains {name}, by which the removed direction could come back and "
                 "which no projection can hold; take it out of train.adapter, or set train.keep_ablated "
@@ -169,36 +188,46 @@ def _require_no_other_writer(model: nn.Module, edit: Edit) -> None:
             )
 
 
-def _held_modules(model: nn.Module, edit: Edit) -> set[str]:
-    """The writers and the norms behind the edited ones, by name.
-
-    A writer that the edit left alone (tied embeddings) has no projection either, so it may not be trained.
-    """
-    writers = architecture_of(str(model.config.model_type)).writers  # type: ignore[union-attr]  # a PeftModel
-    norms = {
-        name.removesuffix(writer.module) + writer.post_norm
-        for name in edit.removals
-        for writer in writers
-        if writer.post_norm is not None and name.endswith("." + writer.module)
-    }
-    return {*edit.removals, *edit.left_alone, *norms}
-
-
-def _is_expert(layer: LoraLayer | None) -> bool:
-    return layer is not None and not isinstance(layer.get_base_layer(), nn.Linear | nn.Embedding)
-
-
-def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Every LoRA layer by the name that its module has in the model without the adapter."""
-    # Only the wrappers: the wrapped module below each would have the same plain name.
+def _kinds(model: nn.Module, edit: Edit) -> dict[str, Writer]:
+    """What the family's map says of each writer that something is removed from."""
+    architecture = architecture_of(str(model.config.model_type))  # type: ignore[union-attr]  # a PeftModel
+    writers = (*architecture.writers, *architecture.embeddings)
     return {
-        _plain_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        name: next(writer for writer in writers if name.endswith(f".{writer.module}"))
+        for name in edit.removals
     }
+
+
+def _reads_only(layer: LoraLayer, kind: Writer) -> bool:
+    """Whether a layer adapts a parameter beside the writer's own, such as the gates of experts."""
+    return isinstance(layer, ParamWrapper) and layer.parameter_name not in (
+        kind.parameter,
+        kind.bias,
+    )
+
+
+def _writes_by_columns(layer: LoraLayer, kind: Writer) -> bool:
+    """Whether the columns of the factor B lie in the residual stream.
+
+    So they do for a module, and for a parameter that PEFT reads as [d_model, d_in]: each expert has columns of its own.
+    """
+    base = layer.get_base_layer()
+    if not isinstance(layer, ParamWrapper):
+        return isinstance(base, nn.Linear | nn.Embedding | Conv1D)
+    transposed = bool(getattr(base, "is_transposed", False))
+    seen_as = {"linear": False, "experts": False, "experts_transposed": True}
+    return layer.parameter_name == kind.parameter and seen_as.get(kind.layout) == transposed
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Every LoRA layer by its path; those of several parameters of one module stand inside each other."""
+    return [
+        (path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
 
 
 def _plain_name(name: str) -> str:
+    """The name that a module or parameter has in the model without the adapter."""
     name = name.removeprefix("base_model.model.").replace(".base_layer", "")
     # A whole module that is trained beside the factors stands below its original's name.
     return re.sub(r"\.modules_to_save\.[^.]+", "", name)

@@ -6,10 +6,10 @@ from math import ceil
 import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from common import chat, distributed
-from common.model import load_config, load_tokenizer, resolve, weight_files
+from common.model import auto_class, load_config, load_tokenizer, resolve, weight_files
 from common.prompts import load_prompts
 from common.recipe import OnPolicy, Recipe
 from train import settings
@@ -53,7 +53,7 @@ def _details(recipe: Recipe) -> Iterator[str]:
     for anchor in recipe.train.anchors:
         yield f"anchor        to the {anchor.to} model, {anchor.batch_size} prompts a step, weight {anchor.weight:g}"
     world = distributed.world_size()
-    yield f"memory        about {_memory_bytes(recipe) / GIB:.2f} GiB in each of {world} process(es)"
+    yield f"memory        about {memory_bytes(recipe) / GIB:.2f} GiB in each of {world} process(es)"
     yield f"disk          about {disk_bytes(recipe) / GIB:.2f} GiB"
 
 
@@ -81,21 +81,22 @@ def _most_pairs(recipe: Recipe) -> int:
     )
 
 
-def _memory_bytes(recipe: Recipe) -> float:
+def memory_bytes(recipe: Recipe) -> int:
     """The larger of stage two (weights, gradients, optimizer, activations) and stage three (two models)."""
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(base)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    dtype = config.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    width = (dtype or torch.float32).itemsize
+        model: PreTrainedModel = auto_class(config).from_config(config)
+    text = config.get_text_config()  # of a vision-language model, the part that holds the layers
+    stored = config.dtype or text.dtype or torch.float32
+    dtype = stored if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    width: int = dtype.itemsize
     weights: int = width * sum(parameter.numel() for parameter in model.parameters())
     training = weights + TRAINED_BYTES_PER_PARAMETER * _num_trained(recipe, model)
-    return max(training + _activation_bytes(recipe, config, width), 2 * weights)
+    return max(training + _activation_bytes(recipe, text, width), 2 * weights)
 
 
-def _activation_bytes(recipe: Recipe, config: object, width: int) -> int:
-    text = config.get_text_config()  # type: ignore[attr-defined]  # any configuration has it
+def _activation_bytes(recipe: Recipe, text: PreTrainedConfig, width: int) -> int:
     trainer = recipe.train.trainer
     per_device, _ = settings.share_batch(
         recipe.train.global_batch_size,

@@ -11,13 +11,14 @@ from typing import Any
 import datasets
 import torch
 import wandb
+from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from common import artifacts, distributed
-from common.edits import load_edit
+from common.edits import SIDECAR, load_edit
 from common.errors import InputError
-from common.model import load_model, load_tokenizer
+from common.model import load_model, load_tokenizer, tokenizer_files
 from common.prompts import check_prompts, load_prompts
 from common.recipe import Recipe
 from common.tracking import tracking_mode
@@ -28,7 +29,7 @@ from train.material import Material, prepare
 from train.progress import StepBar
 from train.trainer import HealingTrainer, WeightedAnchor
 
-VERSION = 1
+VERSION = 2
 # Settings of the trainer that change what is written down or how fast, and never the result.
 NO_INFLUENCE = frozenset(
     {
@@ -135,7 +136,7 @@ def run(
 
     trainer = _build_trainer(recipe, folder, upstream, material)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
-    _save(recipe, trainer, folder)
+    save(trainer, upstream["abliteration"] / "model", folder)
     if distributed.is_main():
         _record(recipe, trainer, material, folder, tracker)
         shutil.rmtree(work)
@@ -158,6 +159,8 @@ def _build_trainer(
         else "none",
     )
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
+    if recipe.train.keep_ablated == "hard" and not edit.removals:
+        logger.info("train: the edit removes nothing, so there is nothing for keep_ablated to hold")
     callbacks: list[TrainerCallback] = []
     if recipe.train.keep_ablated == "hard" and recipe.train.adapter is None:
         callbacks.append(constraint.KeepAblated(constraint.full_projections(model, edit)))
@@ -204,15 +207,36 @@ def _weighted_anchors(recipe: Recipe, material: Material) -> list[WeightedAnchor
     ]
 
 
-def _save(recipe: Recipe, trainer: HealingTrainer, folder: Path) -> None:
-    target = folder / ("model" if recipe.train.adapter is None else "adapter")
+def save(trainer: HealingTrainer, base: Path, folder: Path) -> None:
+    """Save an adapter or a whole model, with the tokenizer's files as its base has them.
+
+    What loading changed of the tokenizer (padding side, a template that opens answers behind an empty thought)
+    belongs to this project's prompts, not to the model.
+
+    Args:
+        trainer: after training.
+        base: folder of the abliterated model.
+        folder: of this stage; gets `adapter` or `model`.
+    """
+    target = folder / ("adapter" if isinstance(trainer.model, PeftModel) else "model")
     trainer.save_model(str(target))
-    if distributed.is_main():
-        for leftover in (
-            "README.md",
-            "training_args.bin",
-        ):  # trl's own card, and a pickle with machine paths
-            (target / leftover).unlink(missing_ok=True)
+    if not distributed.is_main():
+        return
+    # trl's own card, and a pickle with machine paths
+    for leftover in (target / "README.md", target / "training_args.bin"):
+        leftover.unlink(missing_ok=True)
+    for file in tokenizer_files(target):
+        file.unlink()
+    for file in tokenizer_files(base):
+        _copy(file, target / file.relative_to(base))
+    if target.name == "model" and (base / SIDECAR).is_file():
+        # No weight holds what it adds.
+        _copy(base / SIDECAR, target / SIDECAR)
+
+
+def _copy(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target)
 
 
 def _record(

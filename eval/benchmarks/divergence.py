@@ -11,43 +11,20 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common import artifacts, chat, distributed
+from common import chat, distributed
 from common.divergence import answer_logits, batches, kl_divergence
-from common.errors import InputError
 from common.generation import generate
 from common.prompts import load_prompts
-from common.recipe import Divergence, Recipe
-from eval.benchmarks import Subject, place
+from common.recipe import Divergence
+from eval.benchmarks import Subject
 from eval.items import Item, Row
+from eval.panels import check, inputs, names, texts
 
 # Enough for any reading, and items.jsonl stays small.
 SIGNIFICANT_DIGITS = 6
 
 
-def names(spec: Divergence) -> list[str]:
-    """The panel."""
-    return [spec.panel]
-
-
-def check(spec: Divergence, recipe: Recipe) -> list[str]:
-    """Whether the prompts can be loaded."""
-    try:
-        load_prompts(spec.prompts)
-    except InputError as error:
-        return [f"{place(spec, recipe)}.prompts: {error}"]
-    return []
-
-
-def inputs(spec: Divergence) -> dict[str, object]:
-    """Settings and the content of the prompts."""
-    return spec.model_dump(mode="json", exclude={"prompts"}) | {
-        "prompts": artifacts.hash_data(load_prompts(spec.prompts))
-    }
-
-
-def texts(spec: Divergence) -> dict[str, list[str]]:
-    """The prompts."""
-    return {spec.panel: load_prompts(spec.prompts)}
+__all__ = ["check", "inputs", "load", "names", "texts"]
 
 
 def load(spec: Divergence, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> "list[Panel]":

@@ -4,40 +4,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from common import artifacts
-from common.errors import InputError
 from common.generation import generate
 from common.prompts import load_prompts
-from common.recipe import Recipe, Refusal
+from common.recipe import Refusal
 from common.refusal import is_refusal
-from eval.benchmarks import Subject, place
+from eval.benchmarks import Subject
 from eval.items import Item, Row
+from eval.panels import check, inputs, names, texts
 
-
-def names(spec: Refusal) -> list[str]:
-    """The panel."""
-    return [spec.panel]
-
-
-def check(spec: Refusal, recipe: Recipe) -> list[str]:
-    """Whether the prompts can be loaded."""
-    try:
-        load_prompts(spec.prompts)
-    except InputError as error:
-        return [f"{place(spec, recipe)}.prompts: {error}"]
-    return []
-
-
-def inputs(spec: Refusal) -> dict[str, object]:
-    """Settings and the content of the prompts."""
-    return spec.model_dump(mode="json", exclude={"prompts"}) | {
-        "prompts": artifacts.hash_data(load_prompts(spec.prompts))
-    }
-
-
-def texts(spec: Refusal) -> dict[str, list[str]]:
-    """The prompts."""
-    return {spec.panel: load_prompts(spec.prompts)}
+__all__ = ["check", "inputs", "load", "names", "texts"]
 
 
 def load(spec: Refusal, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> "list[Panel]":

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from abliteration.activations import clip_outliers, collect, shared_opening
+from abliteration.activations import MIN_OPENING, clip_outliers, collect, shared_opening
 from common import chat, distributed, residual
 from common.architecture import ARCHITECTURES, find_blocks
 from common.errors import StageError
 
 PROMPTS = ["a", "How is the thing made?", "the other one", "x", "a much longer prompt than those"]
+# Begin alike, as prompts behind a system prompt do.
+OPENED = [f"and the rest {prompt}" for prompt in PROMPTS]
 NUM_POSITIONS = 4
 
 
@@ -31,14 +33,17 @@ def _collect(model, tokenizer, batch_size=2, prompts=PROMPTS, **options):
     )
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, OPENED], ids=["different", "opened"])
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_the_mean_is_that_of_single_unpadded_prompts(family, build_model, tokenizer, read_stream):
+def test_the_mean_is_that_of_single_unpadded_prompts(
+    family, prompts, build_model, tokenizer, read_stream
+):
     model = build_model(family, dtype=torch.float32)
-    found = _collect(model, tokenizer, batch_size=3)
+    found = _collect(model, tokenizer, batch_size=3, prompts=prompts)
     assert found.mean.shape == (model.config.get_text_config().num_hidden_layers, NUM_POSITIONS, 32)
     assert found.mean.dtype == torch.float64
     assert (found.count, found.samples) == (len(PROMPTS), None)
-    expected = _one_by_one(model, tokenizer, read_stream).mean(dim=0)
+    expected = _one_by_one(model, tokenizer, read_stream, prompts).mean(dim=0)
     torch.testing.assert_close(found.mean, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -134,17 +139,17 @@ def test_low_precision_activations_are_summed_in_float64(build_model, tokenizer,
 
 def test_what_all_prompts_begin_with_is_computed_once(build_model, tokenizer, monkeypatch):
     model = build_model("llama")
-    encoded = chat.encode(tokenizer, PROMPTS)
+    encoded = chat.encode(tokenizer, OPENED)
     shared = shared_opening(encoded, NUM_POSITIONS)
-    assert shared >= 3  # begin, user, newline
+    assert shared >= MIN_OPENING
     seen = []
     model.model.embed_tokens.register_forward_pre_hook(
         lambda _module, args: seen.append(tuple(args[0].shape))
     )
-    found = _collect(model, tokenizer, batch_size=1)
+    found = _collect(model, tokenizer, batch_size=1, prompts=OPENED)
     assert sorted(seen) == sorted([(1, shared), *((1, len(ids) - shared) for ids in encoded)])
     monkeypatch.setattr(residual, "can_share_opening", lambda *_: False)
-    whole = _collect(model, tokenizer, batch_size=1)
+    whole = _collect(model, tokenizer, batch_size=1, prompts=OPENED)
     torch.testing.assert_close(found.mean, whole.mean, rtol=1e-6, atol=1e-6)
 
 
@@ -152,7 +157,7 @@ def test_what_all_prompts_begin_with_is_computed_once(build_model, tokenizer, mo
 def test_a_window_shorter_than_the_prompts_forbids_to_share_their_opening(
     family, build_model, tokenizer, monkeypatch
 ):
-    prompts = [*PROMPTS, "b" * 14]
+    prompts = [*OPENED, "and the rest " + "b" * 14]
     longest = max(map(len, chat.encode(tokenizer, prompts)))
     narrow, wide = (
         build_model(family, dtype=torch.float32, sliding_window=window)

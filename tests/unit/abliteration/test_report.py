@@ -33,11 +33,11 @@ def _scores():
 
 
 TRIALS = (
-    Trial(0, 0.5, 0.001, {"layer": 2.0, "edit": "orthogonalize"}),
-    Trial(1, 0.0, 0.2, {"layer": 3.5, "edit": "projected"}),
-    Trial(2, 0.0, 0.034567, {"layer": 2.5, "edit": "projected"}),
-    Trial(3, 0.6, 0.5, {"layer": 1.0, "edit": "orthogonalize"}),
-    Trial(4, 0.9, math.nan, {"layer": 1.5, "edit": "projected"}),
+    Trial(0, 0.5, 0.001, 0.7, {"layer": 2.0, "edit": "orthogonalize"}),
+    Trial(1, 0.0, 0.2, None, {"layer": 3.5, "edit": "projected"}),
+    Trial(2, 0.0, 0.034567, 0.0123, {"layer": 2.5, "edit": "projected"}),
+    Trial(3, 0.6, 0.5, None, {"layer": 1.0, "edit": "orthogonalize"}),
+    Trial(4, 0.9, None, None, {"layer": 1.5, "edit": "projected"}),
 )
 FULL = Report(
     name="run",
@@ -79,12 +79,13 @@ REPORTS = {
         cosines=[[math.nan] * NUM_LAYERS] * NUM_LAYERS,
         projections={"harmful": [math.nan], "harmless": [math.inf]},
         scores=[Scored(1, -1, math.nan, math.nan, math.inf, "a score is not finite")],
-        search=Search([Trial(0, math.nan, math.nan, {"layer": math.nan})], 0, 0.0),
+        search=Search([Trial(0, math.nan, math.nan, math.nan, {"layer": math.nan})], 0, 0.0),
         residuals=[Residual("w", "mlp", 0, math.nan)],
         noise_floor=math.nan,
     ),
+    "no trial measured whole": replace(FULL, search=Search([Trial(0, 0.9, None)], 0, 0.0)),
     "one trial, all of it 0": replace(
-        FULL, search=Search([Trial(0, 0.0, 0.0, {"a": 0.0, "b": 0})], 0, 0.0), noise_floor=0.0
+        FULL, search=Search([Trial(0, 0.0, 0.0, 0.0, {"a": 0.0, "b": 0})], 0, 0.0), noise_floor=0.0
     ),
 }
 
@@ -161,7 +162,7 @@ def test_all_text_is_escaped():
             model=NASTY,
             tokens=[NASTY] * NUM_POSITIONS,
             scores=[Scored(1, -1, 1.0, 1.0, 1.0, NASTY)],
-            search=Search([Trial(0, 0.0, 0.1, {NASTY: NASTY, "b": 1.0})], 0, 0.1),
+            search=Search([Trial(0, 0.0, 0.1, 0.0, {NASTY: NASTY, "b": 1.0})], 0, 0.1),
             strengths={NASTY: {0: 1.0}},
             residuals=[Residual(NASTY, NASTY, 0, 0.1)],
             left_alone={NASTY: NASTY},
@@ -201,7 +202,9 @@ def test_both_colour_schemes_have_the_same_colours():
         "The prompt sets differ most at layer 5",
         "The largest residual is 0.000432, in model.layers.1.mlp.down_proj",
         "attention of block 1: 0.765",
-        "trial 2: refusal 0.0%, KL 0.0346; layer 2.5, edit projected",
+        "trial 2: refusal 0, KL 0.0346; layer 2.5, edit projected",
+        "leaves 1.2% refusals at 0.0346 nats",
+        "1 setting(s) still refused",
     ],
 )
 def test_the_numbers_are_on_the_page(shown):
@@ -245,12 +248,12 @@ def test_cells_without_a_score_are_told_from_cells_with_one():
 
 
 def test_the_front_is_what_no_trial_beats_in_both():
-    rows = re.findall(r"<tr><td>(\d)</td><td>[^<]*</td><td>[^<]*</td><td>(yes|no)</td>", page(FULL))
+    rows = re.findall(r"<tr><td>(\d)</td>(?:<td>[^<]*</td>){3}<td>(yes|no)</td>", page(FULL))
     assert rows == [("0", "yes"), ("1", "no"), ("2", "yes"), ("3", "no"), ("4", "no")]
 
 
 def test_the_ring_is_around_the_chosen_trial():
-    picture = _named(page(FULL), "Refusal rate against divergence")
+    picture = _named(page(FULL), "Refusal against divergence")
     (ring,) = (part for part in picture.iter("circle") if part.get("class") == "chosen")
     dots = [p for p in picture.iter("circle") if (p.find("title") is not None)]
     (dot,) = (part for part in dots if part.find("title").text.startswith("trial 2:"))

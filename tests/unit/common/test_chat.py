@@ -3,6 +3,7 @@
 Run: make setup && .venv/bin/python -m pytest tests/unit/common/test_chat.py
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,27 @@ def test_published_templates_open_and_train_alike(name, render):
 def test_published_templates_that_do_not_think_are_left_as_they_are(name, render):
     template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
     assert chat.close_thinking(template, render) == template
+
+
+@pytest.mark.parametrize(
+    ("name", "date"), [("gptoss", "Current date: 2025-01-01"), ("llama3_2", "01 Jan 2025")]
+)
+def test_published_templates_with_a_date_have_the_same_one_every_day(name, date, render):
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    own = render(template, [USER], True)
+    fixed = chat.fix_date(template)
+    assert date not in own
+    assert date in render(fixed, [USER], True)
+    # Nothing but the date has changed, and thinking is closed behind it as before.
+    day = re.search(r"\d{4}-\d\d-\d\d|\d\d [A-Z][a-z]{2} \d{4}", own)[0]
+    assert render(fixed, [USER], True).replace(date.split(": ")[-1], day) == own
+    closed = chat.close_thinking(fixed, render)
+    assert date in render(closed, [USER, ANSWER], False)
+    assert chat.close_thinking(chat.fix_date(closed), render) == closed
+
+
+def test_a_template_without_a_date_is_left_as_it_is():
+    assert chat.fix_date(TEMPLATE) == TEMPLATE
 
 
 @pytest.fixture

@@ -11,10 +11,23 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from common.architecture import find_writers
-from common.edits import Edit, Removal, apply_to_weights, save_edit
+from common.edits import apply_to_weights, save_edit
 from common.recipe import Recipe
+from tests.editing import edit_of
 
+# What stage one says of its edit.
+ABOUT = {
+    "layer": 1,
+    "position": -1,
+    "stream": "resid_pre",
+    "estimator": "difference_in_means",
+    "selection": "scores",
+    "edit": "orthogonalize",
+    "settings": {"strength": 1.0, "weights": {"embedding": 1.0, "attention": 1.0, "mlp": 1.0}},
+    "target": "harmful",
+    "base_model": "base",
+    "revision": None,
+}
 # It ends in a newline, like ChatML's, so that the harness's newline trap is set.
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% "
@@ -24,7 +37,7 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, besides the template's marks and a merge across the template's last newline."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     newline = "\u010a"
@@ -44,13 +57,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], PreTrainedModel]:
+def make_model(byte_tokenizer: PreTrainedTokenizerFast) -> Callable[[int], PreTrainedModel]:
     """Make a tiny Llama from a seed."""
 
     def make(seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(byte_tokenizer),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -58,8 +71,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], PreTrained
             num_key_value_heads=2,
             max_position_embeddings=256,
             initializer_range=0.2,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=byte_tokenizer.eos_token_id,
+            pad_token_id=byte_tokenizer.pad_token_id,
             bos_token_id=None,
         )
         return AutoModelForCausalLM.from_config(config).eval()
@@ -115,7 +128,7 @@ class Finished:
 @pytest.fixture
 def finished(
     tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    byte_tokenizer: PreTrainedTokenizerFast,
     make_model: Callable[[int], PreTrainedModel],
     task_folder: Path,
 ) -> Finished:
@@ -124,19 +137,14 @@ def finished(
     abliteration.mkdir()
     model = make_model(0)
     model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    byte_tokenizer.save_pretrained(base)
     (base / "LICENSE").write_text("Do as you like.\n")
 
-    writers = [writer.name for writer in find_writers(model) if not writer.tied]
-    vector = torch.nn.functional.normalize(torch.randn(32, dtype=torch.float64), dim=0)
-    about = {"layer": 1, "position": -1, "stream": "resid_pre", "estimator": "difference_in_means"}
-    about |= {"edit": "orthogonalize", "base_model": "base", "revision": None}
-    removals = {name: Removal("direction", 1.0) for name in writers}
-    edit = Edit({"direction": vector}, removals, {}, about)
+    edit = edit_of(model, about=ABOUT)
     save_edit(edit, abliteration / "edit.safetensors")
     apply_to_weights(model, edit)
     model.save_pretrained(abliteration / "model")
-    tokenizer.save_pretrained(abliteration / "model")
+    byte_tokenizer.save_pretrained(abliteration / "model")
     (abliteration / "manifest.json").write_text('{"fingerprint": "f1"}')
 
     settings = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)

@@ -45,18 +45,22 @@ def test_every_benchmark_of_the_recipe_has_its_file_and_every_file_its_functions
             assert list(inspect.signature(getattr(offered, function)).parameters) == parameters
 
 
-def test_tasks_are_scored_as_their_requests_say(tokenizer, make_model, task_folder) -> None:
+def test_tasks_are_scored_as_their_requests_say(byte_tokenizer, make_model, task_folder) -> None:
     model = make_model(0)
-    letters, sums = lm_eval.load(spec_of(task_folder, "letters", "sums"), tokenizer, batch_size=4)
+    letters, sums = lm_eval.load(
+        spec_of(task_folder, "letters", "sums"), byte_tokenizer, batch_size=4
+    )
     assert letters.row.about == {"metric": "acc", "role": "capability", "higher_is_better": True}
     assert sums.row.about["metric"] == "exact_match"
 
     items = letters.score(subject(model))
     rows = [json.loads(line) for line in (task_folder / "letters.jsonl").read_text().splitlines()]
-    harness = HarnessModel(model, tokenizer, 1)
+    harness = HarnessModel(model, byte_tokenizer, 1)
     for item, row in zip(items, rows, strict=True):
         chat = [{"role": "user", "content": row["question"]}]
-        context = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        context = byte_tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
         logps = harness.log_probabilities([(context, option) for option in row["options"]], "x")
         assert item.answer_logp == pytest.approx(logps[row["answer"]], abs=1e-4)
         assert item.value == float(logps.index(max(logps)) == row["answer"])
@@ -68,8 +72,8 @@ def test_tasks_are_scored_as_their_requests_say(tokenizer, make_model, task_fold
         assert item.cluster is None
 
 
-def test_a_second_model_answers_for_itself(tokenizer, make_model, task_folder) -> None:
-    loaded = lm_eval.load(spec_of(task_folder, "letters"), tokenizer, batch_size=4)[0]
+def test_a_second_model_answers_for_itself(byte_tokenizer, make_model, task_folder) -> None:
+    loaded = lm_eval.load(spec_of(task_folder, "letters"), byte_tokenizer, batch_size=4)[0]
     first = loaded.score(subject(make_model(0)))
     second = loaded.score(subject(make_model(1), "healed"))
     again = loaded.score(subject(make_model(0)))
@@ -78,36 +82,38 @@ def test_a_second_model_answers_for_itself(tokenizer, make_model, task_folder) -
     assert {item.model for item in second} == {"healed"}
 
 
-def test_limit_and_shots_are_those_of_the_recipe(tokenizer, task_folder) -> None:
+def test_limit_and_shots_are_those_of_the_recipe(byte_tokenizer, task_folder) -> None:
     path = task_folder / "letters.yaml"
     path.write_text(path.read_text() + "fewshot_split: test\n")
     spec = spec_of(task_folder, "letters", limit=4, num_fewshot=2)
-    (loaded,) = lm_eval.load(spec, tokenizer, batch_size=4)
+    (loaded,) = lm_eval.load(spec, byte_tokenizer, batch_size=4)
     assert len(loaded.documents) == 4
     context = loaded.task.instances[0].args[0]
     assert context.count("<|user|>") == 3
     assert context.endswith("<|assistant|>\n")
-    other = lm_eval.load(spec, tokenizer, batch_size=4)[0]
+    other = lm_eval.load(spec, byte_tokenizer, batch_size=4)[0]
     assert other.task.instances[0].args == loaded.task.instances[0].args
 
 
-def test_a_sampled_task_is_decoded_greedily(tokenizer, task_folder) -> None:
+def test_a_sampled_task_is_decoded_greedily(byte_tokenizer, task_folder) -> None:
     path = task_folder / "sums.yaml"
     path.write_text(
         path.read_text().replace("max_gen_toks: 6", "do_sample: true, temperature: 0.9")
     )
-    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), tokenizer, batch_size=4)
+    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), byte_tokenizer, batch_size=4)
     settings = loaded.task.instances[0].args[1]
     assert (settings["do_sample"], settings["temperature"]) == (False, 0.0)
 
 
-def test_a_template_without_a_system_role_keeps_the_words(tokenizer, task_folder) -> None:
+def test_a_template_without_a_system_role_keeps_the_words(byte_tokenizer, task_folder) -> None:
     path = task_folder / "letters.yaml"
     path.write_text(path.read_text() + 'description: "Answer well."\n')
-    strict = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>")
+    strict = byte_tokenizer.__class__(
+        tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<|end|>"
+    )
     strict.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        + tokenizer.chat_template
+        + byte_tokenizer.chat_template
     )
     (loaded,) = lm_eval.load(spec_of(task_folder, "letters"), strict, batch_size=4)
     context = loaded.task.instances[0].args[0]
@@ -174,10 +180,10 @@ def test_a_folder_that_is_not_there_is_a_problem(finished, tmp_path) -> None:
     assert problem.startswith("eval.benchmarks[0].include_path: ")
 
 
-def test_a_data_set_that_cannot_be_had_is_the_users_matter(tokenizer, task_folder) -> None:
+def test_a_data_set_that_cannot_be_had_is_the_users_matter(byte_tokenizer, task_folder) -> None:
     (task_folder / "sums.jsonl").unlink()
     with pytest.raises(InputError, match=r'"sums" cannot be loaded .* include_path'):
-        lm_eval.load(spec_of(task_folder, "sums"), tokenizer, batch_size=4)
+        lm_eval.load(spec_of(task_folder, "sums"), byte_tokenizer, batch_size=4)
 
 
 def prompts_file(tmp_path: Path) -> dict[str, str]:
@@ -187,45 +193,47 @@ def prompts_file(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_refusal_is_counted_and_its_text_kept(
-    tokenizer, make_model, tmp_path, monkeypatch
+    byte_tokenizer, make_model, tmp_path, monkeypatch
 ) -> None:
     texts = [
         "I'm sorry, but I cannot help with that.",
         "Sure, here it is.",
         "I cannot answer that.",
     ]
-    answers = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    answers = [byte_tokenizer.encode(text, add_special_tokens=False) for text in texts]
     monkeypatch.setattr(refusal, "generate", lambda *_args, **_settings: answers)
     spec = Refusal(name="refusal", panel="p", prompts=prompts_file(tmp_path), harmless=False)
-    (panel,) = refusal.load(spec, tokenizer, batch_size=2)
+    (panel,) = refusal.load(spec, byte_tokenizer, batch_size=2)
     items = panel.score(subject(make_model(0)))
     assert [item.value for item in items] == [1.0, 0.0, 1.0]
     assert [item.details["text"] for item in items] == texts
     assert panel.row.about == {"harmless": False}
 
 
-def divergence_panel(tokenizer, tmp_path, **settings) -> divergence.Panel:
+def divergence_panel(byte_tokenizer, tmp_path, **settings) -> divergence.Panel:
     source = prompts_file(tmp_path)
     spec = Divergence(name="divergence", panel="p", prompts=source, **settings)
-    return divergence.load(spec, tokenizer, batch_size=2)[0]
+    return divergence.load(spec, byte_tokenizer, batch_size=2)[0]
 
 
-def test_a_model_does_not_diverge_from_itself(tokenizer, make_model, tmp_path) -> None:
-    model, panel = make_model(0), divergence_panel(tokenizer, tmp_path, max_new_tokens=6)
+def test_a_model_does_not_diverge_from_itself(byte_tokenizer, make_model, tmp_path) -> None:
+    model, panel = make_model(0), divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=6)
     assert panel.score(subject(model)) == []
     items = panel.score(subject(model, "healed"))
     assert all(set(item.details["kl"]) == {0.0} for item in items)
     assert all(item.details["top1_agreements"] == len(item.details["kl"]) for item in items)
 
 
-def test_divergence_is_read_on_the_originals_answers(tokenizer, make_model, tmp_path) -> None:
+def test_divergence_is_read_on_the_originals_answers(byte_tokenizer, make_model, tmp_path) -> None:
     original, model = make_model(0), make_model(1)
-    panel = divergence_panel(tokenizer, tmp_path, max_new_tokens=6)
+    panel = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=6)
     items = panel.score(subject(model, "healed", original))
     for item, answer, prompt in zip(items, panel.answers, panel.prompts, strict=True):
         chat = [{"role": "user", "content": prompt}]
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        start = tokenizer.encode(rendered, add_special_tokens=False)
+        rendered = byte_tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
+        start = byte_tokenizer.encode(rendered, add_special_tokens=False)
         ids = torch.tensor([[*start, *answer]])
         with torch.inference_mode():
             p, q = (
@@ -238,16 +246,18 @@ def test_divergence_is_read_on_the_originals_answers(tokenizer, make_model, tmp_
         assert p.argmax(-1).tolist() == answer  # greedy answers of the original, not of the model
 
 
-def test_the_end_of_an_answer_is_part_of_it(tokenizer, make_model, tmp_path, monkeypatch) -> None:
+def test_the_end_of_an_answer_is_part_of_it(
+    byte_tokenizer, make_model, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(divergence, "generate", lambda *_args, **_settings: [[5, 6, 7], [], [5]])
-    panel = divergence_panel(tokenizer, tmp_path, max_new_tokens=3)
+    panel = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=3)
     items = panel.score(subject(make_model(1), "healed", make_model(0)))
     # The first was cut at the limit; the others ended, one of them at once.
     assert [len(item.details["kl"]) for item in items] == [3, 1, 2]
 
 
 def test_the_right_context_is_found_where_contexts_are_the_options(
-    tokenizer, make_model, task_folder
+    byte_tokenizer, make_model, task_folder
 ) -> None:
     rows = [{"which": i % 2, "contexts": [f"one {i}", f"two {i}"], "end": "end"} for i in range(6)]
     data = "".join(json.dumps(row) + "\n" for row in rows)
@@ -258,9 +268,9 @@ def test_the_right_context_is_found_where_contexts_are_the_options(
         "doc_to_choice: contexts\ndoc_to_target: end\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    (loaded,) = lm_eval.load(spec_of(task_folder, "gaps"), tokenizer, batch_size=4)
+    (loaded,) = lm_eval.load(spec_of(task_folder, "gaps"), byte_tokenizer, batch_size=4)
     model = make_model(0)
-    harness = HarnessModel(model, tokenizer, 1)
+    harness = HarnessModel(model, byte_tokenizer, 1)
     for item, row in zip(loaded.score(subject(model)), rows, strict=True):
         pairs = [(request.args[0], "end") for request in loaded.task.instances]
         mine = [pair for pair in pairs if f" {item.id}<" in pair[0]]
@@ -270,30 +280,32 @@ def test_the_right_context_is_found_where_contexts_are_the_options(
 
 
 def test_a_last_word_is_right_when_greedy_decoding_gives_it(
-    tokenizer, make_model, task_folder
+    byte_tokenizer, make_model, task_folder
 ) -> None:
     path = task_folder / "sums.yaml"
     text = path.read_text().replace("generate_until", "loglikelihood")
     kept = [line for line in text.splitlines() if not line.startswith("generation_kwargs")]
     path.write_text("\n".join(kept).replace("exact_match", "acc") + "\n")
-    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), tokenizer, batch_size=4)
+    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), byte_tokenizer, batch_size=4)
     model = make_model(0)
     items = loaded.score(subject(model))
     contexts = [request.args for request in loaded.task.instances]
-    logps = HarnessModel(model, tokenizer, 1).log_probabilities(contexts, "x")
+    logps = HarnessModel(model, byte_tokenizer, 1).log_probabilities(contexts, "x")
     assert [item.answer_logp for item in items] == pytest.approx(logps, abs=1e-4)
     assert {item.value for item in items} <= {0.0, 1.0}
 
 
-def test_the_likeliest_of_several_right_answers_counts(tokenizer, make_model, task_folder) -> None:
+def test_the_likeliest_of_several_right_answers_counts(
+    byte_tokenizer, make_model, task_folder
+) -> None:
     rows = [{"question": f"{i}?", "answers": ["x", "yy"]} for i in range(4)]
     data = "".join(json.dumps(row) + "\n" for row in rows)
     (task_folder / "sums.jsonl").write_text(data)
     path = task_folder / "sums.yaml"
     path.write_text(path.read_text().replace("doc_to_target: answer", "doc_to_target: answers"))
-    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), tokenizer, batch_size=4)
+    (loaded,) = lm_eval.load(spec_of(task_folder, "sums"), byte_tokenizer, batch_size=4)
     model = make_model(0)
-    harness = HarnessModel(model, tokenizer, 1)
+    harness = HarnessModel(model, byte_tokenizer, 1)
     for item, request in zip(loaded.score(subject(model)), loaded.task.instances, strict=True):
         pairs = [(request.args[0], answer) for answer in ("x", "yy")]
         logps = harness.log_probabilities(pairs, "x")

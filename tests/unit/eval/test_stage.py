@@ -13,13 +13,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common import artifacts
-from common.edits import load_edit
+from common.edits import (
+    Edit,
+    Removal,
+    apply_to_weights,
+    as_stored,
+    edited_writers,
+    load_edit,
+)
 from common.recipe import Recipe
 from eval import results as results_file
 from eval import stage
 from eval.benchmarks import refusal
 from eval.items import Item
 from eval.subjects import load_healed, load_subject, residual, writes_along
+from tests.editing import edit_of, vector
 
 
 class Tracker:
@@ -63,10 +71,12 @@ def test_an_evaluation_leaves_items_and_results_that_follow_from_them(finished, 
     assert str(tmp_path) not in (folder / "results.json").read_text()
 
 
-def test_no_answer_goes_to_wandb(finished, tokenizer, tmp_path, monkeypatch) -> None:
+def test_no_answer_goes_to_wandb(finished, byte_tokenizer, tmp_path, monkeypatch) -> None:
     folder, tracker = tmp_path / "eval", Tracker()
     folder.mkdir()
-    answer = tokenizer.encode("I cannot help with the forbidden thing", add_special_tokens=False)
+    answer = byte_tokenizer.encode(
+        "I cannot help with the forbidden thing", add_special_tokens=False
+    )
     monkeypatch.setattr(refusal, "generate", lambda *_args, **_settings: [answer] * 3)
     recipe = changed(finished.recipe, "eval.accept", {})
     stage.run(recipe, folder, finished.upstream, tracker)
@@ -116,7 +126,7 @@ def test_the_residual_is_relative_to_what_the_original_wrote(finished, make_mode
     original = load_subject("original", finished.recipe, finished.upstream)
     abliterated = load_subject("abliterated", finished.recipe, finished.upstream)
     writes = writes_along(original, edit)
-    found = residual(writes, writes_along(abliterated, edit), writes)
+    found = residual(edit, writes, writes_along(abliterated, edit), writes)
     assert found["abliterated"] < 1e-6  # float32 weights
     assert found["healed"] == pytest.approx(1.0, abs=1e-6)  # all of it written again
     healed = AutoModelForCausalLM.from_pretrained(finished.upstream["abliteration"] / "model")
@@ -124,16 +134,55 @@ def test_the_residual_is_relative_to_what_the_original_wrote(finished, make_mode
     with torch.no_grad():
         weight += 0.01 * torch.outer(edit.direction.float(), torch.ones(weight.shape[1]))
     expected = 0.01 * weight.shape[1] ** 0.5 / float(writes["model.layers.1.mlp.down_proj"].norm())
-    found = residual(writes, writes_along(abliterated, edit), writes_along(healed, edit))
+    found = residual(edit, writes, writes_along(abliterated, edit), writes_along(healed, edit))
     assert found["healed"] == pytest.approx(expected, rel=1e-3)
+
+
+def an_edit(**strengths: float) -> Edit:
+    removals = {name: Removal(("direction",), (s,)) for name, s in strengths.items()}
+    return Edit({"direction": torch.ones(1)}, removals, {}, {}, {})
 
 
 def test_training_is_charged_with_what_it_moved_and_not_with_what_the_edit_left() -> None:
     original = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([10.0])}
     abliterated = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1.0])}
     healed = {"a": torch.tensor([0.0, 1.5]), "b": torch.tensor([1.0])}
-    found = residual(original, abliterated, healed)
+    found = residual(an_edit(a=1.0, b=1.0), original, abliterated, healed)
     assert found == {"abliterated": pytest.approx(0.2), "healed": pytest.approx(0.1)}
+
+
+def test_what_was_not_edited_is_no_residual_of_the_edit_and_still_held_against_training() -> None:
+    original = {"a": torch.tensor([10.0]), "b": torch.tensor([10.0])}
+    abliterated = {"a": torch.tensor([1.0]), "b": torch.tensor([10.0])}
+    healed = {"a": torch.tensor([1.0]), "b": torch.tensor([7.0])}
+    found = residual(an_edit(a=0.9, b=0.0), original, abliterated, healed)
+    assert found == {"abliterated": pytest.approx(0.1), "healed": pytest.approx(0.3)}
+
+
+@pytest.mark.parametrize("strengths", [{}, {"a": 0.0}])
+def test_where_nothing_was_removed_there_is_no_residual(strengths) -> None:
+    writes = {name: torch.ones(1) for name in strengths}
+    assert residual(an_edit(**strengths), writes, writes, writes) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
+def test_every_one_of_several_directions_counts(family, build_model) -> None:
+    model, vectors = build_model(family), (vector(1), vector(2))
+    edit = edit_of(model, "orthogonalize", *vectors)
+    original = writes_along(model, edit)
+    apply_to_weights(model, edit)
+    abliterated = writes_along(model, edit)
+    found = residual(edit, original, abliterated, abliterated)
+    assert found == {"abliterated": pytest.approx(0, abs=1e-12), "healed": 0.0}
+    name = next(name for name in edit.removals if ".1.mlp." in name)
+    writer, basis = edited_writers(model, edit)[name], edit.basis(name)
+    # Each input writes 0.01 along the second vector.
+    writes = basis[1].expand(*original[name].shape[:-1], -1)
+    with torch.no_grad():
+        writer.weight.add_(0.01 * as_stored(writes, writer.layout))
+    found = residual(edit, original, abliterated, writes_along(model, edit))
+    expected = 0.01 * original[name][..., 0].numel() ** 0.5 / float(original[name].norm())
+    assert found["healed"] == pytest.approx(expected)
 
 
 def test_a_sound_recipe_has_no_problems(finished) -> None:

@@ -10,14 +10,30 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from common.architecture import find_writers
-from common.edits import apply_to_weights, component_along
+from common.edits import Removal, apply_to_weights, component_along
 from common.errors import StageError
+from common.hooks import add_for_good
 from tests.editing import edit_of
 from train.adapter import build_adapter
 from train.constraint import KeepAblated, full_projections, lora_projections
 
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-FAMILIES = ["llama", "gemma3_text", "olmo2"]
+OTHER = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+# With a norm behind the writers, on both sides; with weights stored the other way round; through PEFT.
+FAMILIES = ["llama", "gemma3_text", "olmo2", "gpt2"]
+EXPERTS = ["qwen3_moe", "gpt_oss"]  # [experts, d_model, d_in]; [experts, d_in, d_model] with biases
+TARGETS = {
+    "gpt2": ["wte", "wpe", "c_proj", "c_attn", "c_fc"],
+    "qwen3_moe": ["embed_tokens", "o_proj", "q_proj"],
+    "gpt_oss": ["embed_tokens", "o_proj", "q_proj"],
+}
+PLAIN_TARGETS = ["embed_tokens", "o_proj", "down_proj", "q_proj", "gate_proj"]
+KINDS = {
+    "biprojected": {},
+    "column_norm": {},
+    "row_norm": {"strength": 0.7},
+    "orthogonalize": {"weights": {"attention": [1.0, 0.0, 0.5], "mlp": 0.0}},
+}
 # float32 weights of size 0.3: what rounding alone leaves, with room for the sum over 32 rows.
 ROUNDING = 1e-6
 
@@ -26,9 +42,9 @@ ROUNDING = 1e-6
 def abliterated(build_model):
     """Make an edited model in float32, with its edit."""
 
-    def make(family, **changes):
+    def make(family, kind="orthogonalize", vectors=(DIRECTION,), settings=None, **changes):
         model = build_model(family, dtype=torch.float32, **changes)
-        edit = edit_of(model, "orthogonalize", DIRECTION)
+        edit = edit_of(model, kind, *vectors, **(settings or {}))
         apply_to_weights(model, edit)
         return model, edit
 
@@ -62,11 +78,12 @@ def _added_along(healed, before, edit):
         change.append(difference.abs().max())
         if writer.bias is not None:
             difference = (writer.bias - original.bias).detach().double()
-            along.append((difference @ basis[0]).abs())
+            along.append((difference @ basis.T).abs().max())
     return float(max(along)), float(min(change))
 
 
 def _heal_with_adapter(model, edit, hold, **settings):
+    torch.manual_seed(0)  # the adapter's initial values
     peft_model = get_peft_model(
         copy.deepcopy(model), build_adapter({"r": 4, "lora_alpha": 8, **settings})
     )
@@ -74,28 +91,91 @@ def _heal_with_adapter(model, edit, hold, **settings):
     return peft_model.merge_and_unload()
 
 
+def _heal_fully(model, edit, hold):
+    healed = copy.deepcopy(model)
+    _train(healed, full_projections(healed, edit) if hold else [])
+    return healed
+
+
+def _require_held(heal, model, edit):
+    """Held healing adds nothing along the removed vectors and does heal; free healing adds along them."""
+    along, change = _added_along(heal(model, edit, True), model, edit)
+    assert along < ROUNDING
+    assert change > 1e-2, "nothing was healed"
+    assert _added_along(heal(model, edit, False), model, edit)[0] > 1e-2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_adds_nothing_along_the_direction(family, abliterated):
-    model, edit = abliterated(family)
-    targets = ["embed_tokens", "o_proj", "down_proj", "q_proj", "gate_proj"]
-    healed = _heal_with_adapter(model, edit, True, target_modules=targets)
-    along, change = _added_along(healed, model, edit)
-    assert along < ROUNDING
-    assert change > 1e-2, "nothing was healed"
-    free = _heal_with_adapter(model, edit, False, target_modules=targets)
-    assert _added_along(free, model, edit)[0] > 1e-2
+    targets = TARGETS.get(family, PLAIN_TARGETS)
+
+    def heal(model, edit, hold):
+        return _heal_with_adapter(model, edit, hold, target_modules=targets)
+
+    _require_held(heal, *abliterated(family))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_adapter_on_experts_adds_nothing_along_the_direction(family, abliterated):
+    settings = {
+        "target_modules": TARGETS[family],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    # Dense blocks among sparse ones are named otherwise.
+    model, edit = abliterated(family, **({"mlp_only_layers": []} if "moe" in family else {}))
+    _require_held(lambda *given: _heal_with_adapter(*given, **settings), model, edit)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_full_training_adds_nothing_along_the_direction(family, abliterated):
-    model, edit = abliterated(family)
-    held, free = copy.deepcopy(model), copy.deepcopy(model)
-    _train(held, full_projections(held, edit))
-    _train(free, [])
-    along, change = _added_along(held, model, edit)
-    assert along < ROUNDING
-    assert change > 1e-2, "nothing was healed"
-    assert _added_along(free, model, edit)[0] > 1e-2
+    _require_held(_heal_fully, *abliterated(family))
+
+
+@pytest.mark.parametrize("heal", [_heal_with_adapter, _heal_fully], ids=["adapter", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_healing_is_held_whatever_the_kind_of_edit(kind, heal, abliterated):
+    model, edit = abliterated("llama", kind, settings=KINDS[kind], attention_bias=True)
+    held = heal(model, edit, True)
+    assert _added_along(held, model, edit)[0] < ROUNDING
+    assert _added_along(heal(model, edit, False), model, edit)[0] > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("heal", [_heal_with_adapter, _heal_fully], ids=["adapter", "full"])
+def test_every_one_of_several_directions_is_held(heal, family, abliterated):
+    model, edit = abliterated(family, vectors=(DIRECTION, OTHER))
+    writer = next(name for name in edit.removals if name.endswith("1.self_attn.o_proj"))
+    assert len(edit.basis(writer)) == 2
+    assert _added_along(heal(model, edit, True), model, edit)[0] < ROUNDING
+    # That of the first alone would not do.
+    first = dict.fromkeys(edit.removals, Removal(("direction",), (1.0,)))
+    one = type(edit)(edit.vectors, first, {}, edit.left_alone, edit.about)
+    held = heal(model, one, True)
+    assert _added_along(held, model, one)[0] < ROUNDING
+    assert _added_along(held, model, edit)[0] > 1e-2
+
+
+def test_a_writer_that_was_not_edited_is_held_too(abliterated):
+    settings = {"weights": {"mlp": [1.0, 0.0, 1.0]}}
+    model, edit = abliterated("llama", settings=settings)
+    name = "model.layers.1.mlp.down_proj"
+    assert edit.removals[name].is_void
+    weight = model.get_submodule(name).weight
+    assert component_along(weight, edit.basis(name), "linear").abs().max() > 1e-2, "it was edited"
+    for heal in (_heal_with_adapter, _heal_fully):
+        moved = heal(model, edit, True).get_submodule(name).weight - weight
+        assert moved.abs().max() > 1e-2
+        assert component_along(moved, edit.basis(name), "linear").abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("heal", [_heal_with_adapter, _heal_fully], ids=["adapter", "full"])
+def test_an_edit_that_only_adds_holds_nothing_back(heal, build_model):
+    model = build_model("llama", dtype=torch.float32)
+    edit = edit_of(model, "add", DIRECTION)
+    add_for_good(model, edit)
+    held, free = (heal(model, edit, hold) for hold in (True, False))
+    for name, weight in free.state_dict().items():
+        assert torch.equal(held.state_dict()[name], weight), name
 
 
 def test_every_adapted_writer_gets_a_projection(abliterated):
@@ -119,9 +199,7 @@ def test_an_adapter_with_biases_and_rank_stabilized_scaling_is_held_too(ablitera
 
 def test_biases_of_writers_are_held_in_full_training(abliterated):
     model, edit = abliterated("llama", attention_bias=True, mlp_bias=True)
-    held, free = copy.deepcopy(model), copy.deepcopy(model)
-    _train(held, full_projections(held, edit))
-    _train(free, [])
+    held, free = (_heal_fully(model, edit, hold) for hold in (True, False))
     bias = model.model.layers[1].mlp.down_proj.bias
     moved = held.model.layers[1].mlp.down_proj.bias - bias
     assert moved.abs().max() > 1e-3
@@ -133,15 +211,14 @@ def test_biases_of_writers_are_held_in_full_training(abliterated):
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
 def test_the_norms_behind_writers_stay_as_they_were(family, abliterated):
     model, edit = abliterated(family)
-    healed = copy.deepcopy(model)
-    _train(healed, full_projections(healed, edit))
+    healed = _heal_fully(model, edit, True)
     for before, after in zip(find_writers(model)[1:], find_writers(healed)[1:], strict=True):
         assert torch.equal(before.post_norm_gain, after.post_norm_gain)
     # Other norms are trained.
     assert not torch.equal(model.model.norm.weight, healed.model.norm.weight)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
 def test_the_stream_of_a_healed_model_has_no_component_along_the_direction(
     family, abliterated, read_stream
 ):
@@ -153,15 +230,12 @@ def test_the_stream_of_a_healed_model_has_no_component_along_the_direction(
         assert reach < 1e-5
 
 
-def test_a_half_edit_keeps_the_half_it_left(abliterated, build_model):
-    model = build_model("llama", dtype=torch.float32)
-    edit = edit_of(model, "orthogonalize", DIRECTION, strength=0.5)
-    apply_to_weights(model, edit)
-    healed = copy.deepcopy(model)
-    _train(healed, full_projections(healed, edit))
+def test_a_half_edit_keeps_the_half_it_left(abliterated):
+    model, edit = abliterated("llama", settings={"strength": 0.5})
+    healed = _heal_fully(model, edit, True)
     assert _added_along(healed, model, edit)[0] < ROUNDING
     weight = healed.model.layers[0].mlp.down_proj.weight
-    assert component_along(weight, edit.direction, "linear").abs().max() > 1e-2
+    assert component_along(weight, edit.direction[None], "linear").abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -209,13 +283,45 @@ def test_dora_elsewhere_is_allowed(abliterated):
     assert lora_projections(get_peft_model(model, config), edit) == []
 
 
-@pytest.mark.parametrize(
-    "parameters", [["mlp.experts.down_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]]
-)
-def test_an_adapter_on_experts_is_refused(parameters, abliterated):
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_the_default_adapter_can_be_held_on_experts(family, abliterated):
+    model, edit = abliterated(family)
+    assert lora_projections(get_peft_model(model, build_adapter({"r": 4})), edit)
+
+
+def test_an_adapter_on_what_experts_read_alone_is_allowed(abliterated):
     model, edit = abliterated("mixtral")
     config = LoraConfig(
-        target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM"
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj"],
+        task_type="CAUSAL_LM",
+    )
+    assert lora_projections(get_peft_model(model, config), edit) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "parameter"),
+    [
+        ("gpt_oss", "mlp.experts.down_proj_bias"),
+        ("gpt2", "mlp.c_proj.weight"),
+        ("llama", "embed_tokens.weight"),
+    ],
+)
+def test_an_adapter_on_a_parameter_that_peft_reads_the_other_way_is_refused(
+    family, parameter, abliterated
+):
+    model, edit = abliterated(family)
+    config = LoraConfig(target_modules=[], target_parameters=[parameter], task_type="CAUSAL_LM")
+    with pytest.raises(StageError, match=r"which no projection can hold"):
+        lora_projections(get_peft_model(model, config), edit)
+
+
+def test_experts_of_a_layout_that_peft_takes_for_another_are_refused(abliterated):
+    model, edit = abliterated("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp.experts.is_transposed = False
+    config = LoraConfig(
+        target_modules=[], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM"
     )
     with pytest.raises(StageError, match=r"mlp\.experts"):
         lora_projections(get_peft_model(model, config), edit)

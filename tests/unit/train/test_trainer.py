@@ -12,13 +12,16 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from common.architecture import find_writers
-from common.edits import apply_to_weights, component_along
+from common.chat import NO_THINKING
+from common.edits import SIDECAR, apply_to_weights, component_along, save_edit
 from common.errors import StageError
+from common.model import tokenizer_files
 from common.recipe import Anchor, PromptSource
 from tests.editing import edit_of
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, anchor_loss, teach
 from train.constraint import KeepAblated, full_projections, lora_projections
+from train.stage import save
 from train.trainer import HealingTrainer, WeightedAnchor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # trl's and torch's own
@@ -278,3 +281,27 @@ def test_the_constraint_holds_through_real_training(adapter, make_trainer, model
         healed.model.layers[0].mlp.down_proj.weight - edited.model.layers[0].mlp.down_proj.weight
     )
     assert moved.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
+def test_what_is_saved_has_the_tokenizer_files_and_additions_of_its_base(
+    adapter, make_trainer, model, tokenizer, tmp_path
+):
+    base = tmp_path / "base"
+    tokenizer.save_pretrained(base)
+    own = (base / "chat_template.jinja").read_bytes()
+    save_edit(edit_of(model, "add", DIRECTION), base / SIDECAR)
+    trainer = make_trainer(adapter=adapter)
+    amended = copy.deepcopy(tokenizer)
+    amended.chat_template = NO_THINKING + amended.chat_template
+    amended.padding_side = "right"
+    trainer.processing_class = amended
+    save(trainer, base, tmp_path)
+    folder = tmp_path / ("model" if adapter is None else "adapter")
+    for file in tokenizer_files(base):
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    assert (folder / "chat_template.jinja").read_bytes() == own
+    assert len(tokenizer_files(folder)) == len(tokenizer_files(base))
+    # An adapter is put on the base, which has its own.
+    assert (folder / SIDECAR).is_file() == (adapter is None)
+    assert not (folder / "training_args.bin").exists()
