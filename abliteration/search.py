@@ -105,8 +105,13 @@ class Space:
         return params
 
 
-def edit_settings(params: Params) -> Any:  # noqa: ANN401  # each kind has a class of its own
-    """The recipe's `edit` section that a setting stands for."""
+def edit_settings(params: Params, projection: str = "none") -> Any:  # noqa: ANN401  # a class for each kind
+    """The recipe's `edit` section that a setting stands for.
+
+    Args:
+        params: the setting.
+        projection: of the kinds that keep norms.
+    """
 
     def kernel(component: str) -> LayerKernel:
         peak = params[f"{component}.max_weight"]
@@ -121,7 +126,10 @@ def edit_settings(params: Params) -> Any:  # noqa: ANN401  # each kind has a cla
         embedding=params.get("embedding", 0.0), attention=kernel("attention"), mlp=kernel("mlp")
     )
     section = COMPONENTS["abliteration.edit"][params["edit"]]
-    return section.model_validate({"name": params["edit"], "strength": 1.0, "weights": weights})
+    settings = {"name": params["edit"], "strength": 1.0, "weights": weights}
+    if "projection" in section.model_fields:
+        settings["projection"] = projection
+    return section.model_validate(settings)
 
 
 def search(

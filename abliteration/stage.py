@@ -289,6 +289,7 @@ def _search(
         embedding=not writers[0].tied,
     )
     own = ground.recipe.abliteration.edit
+    projection = getattr(own, "projection", "none")
     first = [
         space.flat(
             kind, scored.candidate.layer, scored.candidate.position, getattr(own, "strength", 1.0)
@@ -300,7 +301,7 @@ def _search(
         judged,
         space,
         lambda params: _kind(
-            search.edit_settings(params),
+            search.edit_settings(params, projection),
             findings.at(params["layer"], params["position"]),
             writers,
             {},
@@ -318,7 +319,7 @@ def _search(
         float(direction.vectors[0].norm()),
         kl=best.kl,
     )
-    settings_found = search.edit_settings(best.params)
+    settings_found = search.edit_settings(best.params, projection)
     return Choice(candidate, settings_found, reason, scored.candidates, trials, best)
 
 

@@ -8,15 +8,25 @@ the weights back. Here: `abliteration.search`, which edits nothing: several tria
 """
 
 import argparse
-import copy
+import importlib
+import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
-from transformers import AutoModelForCausalLM, Qwen2Config
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,12 +35,12 @@ from abliteration.activations import collect
 from abliteration.findings import Findings
 from abliteration.openings import refusal_openings
 from abliteration.selection import next_token_logits
-from abliteration.stage import MAX_TRIAL_PROMPTS, _kind
+from abliteration.stage import MAX_TRIAL_PROMPTS
 from abliteration.trials import Trials
 from common import chat
 from common.architecture import find_writers
 from common.divergence import kl_divergence
-from common.edits import apply_to_weights
+from common.edits import Edit, apply_to_weights
 from common.model import load_model, load_tokenizer
 from common.prompts import load_prompts
 from common.recipe import PromptSource, SearchSelection
@@ -39,7 +49,32 @@ from common.refusal import is_refusal
 PLAIN_PROMPTS, PLAIN_TOKENS, BATCH = 100, 100, 32
 
 
+MakeEdit = Callable[[Mapping[str, Any]], Edit]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with the prompts that both ways read.
+
+    Attributes:
+        name: for the report.
+        model: the model.
+        tokenizer: its tokenizer.
+        harmful: prompts that it refuses.
+        harmless: prompts that it answers.
+        openings: how refusals begin; None where the model's own answers tell.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    harmful: list[str]
+    harmless: list[str]
+    openings: list[tuple[int, ...]] | None = None
+
+
 def main() -> None:
+    """Time both ways on the same settings and print the ratios."""
     options = parse()
     torch.manual_seed(0)
     subject = random_qwen2() if options.random else patient(Path(options.model))
@@ -52,32 +87,19 @@ def main() -> None:
     judged, space, make_edit = prepare(subject, settings)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        trials = search.search(
-            judged, space, make_edit, [], settings, 0, Path(folder) / "trials.jsonl"
-        )
+        journal = Path(folder) / "trials.jsonl"
+        trials = search.search(judged, space, make_edit, [], settings, 0, journal)
         ours = (time.perf_counter() - begin) / len(trials)
-    begin = time.perf_counter()
-    edits = [make_edit(trial.params) for trial in trials]
-    for first in range(0, len(edits), options.together):
-        judged.refusal(edits[first : first + options.together])
-        judged.divergence(edits[first : first + options.together])
-    unraced = (time.perf_counter() - begin) / len(trials)
     picked = trials[:: max(1, len(trials) // options.plain)][: options.plain]
-    plain, theirs = time_plain(subject, picked, make_edit, min_new_tokens=PLAIN_TOKENS)
+    _, theirs = time_plain(subject, picked, make_edit, min_new_tokens=PLAIN_TOKENS)
     ended, theirs_ended = time_plain(subject, picked, make_edit, min_new_tokens=0)
-    report(subject, judged, trials, ours, unraced)
-    print(
-        f"plain: {theirs:.3f} s per trial over {len(plain)} of the same settings, 100 tokens each"
-    )
-    print(f"       {theirs_ended:.3f} s where the model may end its answers")
-    print(f"ratio: {theirs / ours:.1f}; {theirs_ended / ours:.1f} where it may end its answers")
-    print(f"       {theirs / unraced:.1f} without the race")
-    if not options.random:
-        rank(picked, ended, judged, make_edit)
+    ranks = {} if options.random else rank(picked, ended, judged, make_edit)
+    report(subject, judged, trials, ours, theirs, theirs_ended, ranks)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="runs/patient-model")
     parser.add_argument("--random", action="store_true", help="a random-weight Qwen2 of 100M")
     parser.add_argument("--trials", type=int, default=64)
@@ -86,37 +108,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Subject:
-    """A model with the prompts that both ways read."""
-
-    def __init__(self, name, model, tokenizer, harmful, harmless, openings=None):
-        self.name, self.model, self.tokenizer = name, model, tokenizer
-        self.harmful, self.harmless, self.openings = harmful, harmless, openings
-        self.plain_harmful = harmful[:PLAIN_PROMPTS]
-        self.plain_harmless = harmless[:PLAIN_PROMPTS]
-        self.base = next_token_logits(model, tokenizer, self.plain_harmless, BATCH)
-        self.weights = {
-            writer.name: copy.deepcopy(writer.weight.detach()) for writer in find_writers(model)
-        }
+def read(folder: Path, name: str) -> list[str]:
+    """Prompts of the patient."""
+    return load_prompts(PromptSource(path=str(folder / "prompts" / f"{name}.jsonl")))
 
 
 def patient(folder: Path) -> Subject:
-    def read(name: str) -> list[str]:
-        return load_prompts(PromptSource(path=str(folder / "prompts" / f"{name}.jsonl")))
-
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    # Estimation, trials and the plain way read the validation prompts: the cost is the point, and the ranking.
-    return Subject(
-        "the patient",
-        model,
-        tokenizer,
-        read("harmful_validation") * 3,
-        read("harmless_validation") * 3,
-    )
+    """The trained patient; what both ways read was not tuned on."""
+    kinds = [read(folder, f"{kind}_test") for kind in ("harmful", "harmless")]
+    return Subject("the patient", load_model(folder), load_tokenizer(folder), *kinds)
 
 
 def random_qwen2() -> Subject:
-    tokenizer = load_tokenizer("runs/patient-model")
+    """A model of a usual shape; its weights are random, so that only the cost is told."""
+    folder = Path("runs/patient-model")
+    tokenizer = load_tokenizer(folder)
     config = Qwen2Config(
         vocab_size=32768,
         hidden_size=640,
@@ -129,65 +135,89 @@ def random_qwen2() -> Subject:
         pad_token_id=int(tokenizer.pad_token_id),
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    folder = Path("runs/patient-model/prompts")
-    harmful = load_prompts(PromptSource(path=str(folder / "harmful_train.jsonl")))
-    harmless = load_prompts(PromptSource(path=str(folder / "harmless_train.jsonl")))
-    openings = [(index,) for index in range(20, 24)]
-    return Subject("a random Qwen2", model, tokenizer, harmful, harmless, openings)
+    kinds = [read(folder, f"{kind}_test") for kind in ("harmful", "harmless")]
+    return Subject(
+        "a random Qwen2", model, tokenizer, *kinds, openings=[(token,) for token in range(20, 24)]
+    )
 
 
-def prepare(subject: Subject, settings: SearchSelection):
+def prepare(subject: Subject, settings: SearchSelection) -> tuple[Trials, search.Space, MakeEdit]:
     """Directions and trials, as stage one makes them."""
     model, tokenizer = subject.model, subject.tokenizer
     num_positions = chat.num_instruction_end_tokens(tokenizer)
-    means = [
-        collect(model, tokenizer, part, num_positions=num_positions, batch_size=BATCH).mean
-        for part in (subject.harmful[:128], subject.harmless[:128])
-    ]
-    findings = Findings((means[0] - means[1]).unsqueeze(-2), means[1], means[0])
-    openings = subject.openings
-    if openings is None:
-        answers = [
-            answer
-            for harmful, part in ((True, subject.harmful[:96]), (False, subject.harmless[:96]))
-            for answer in baseline.answer_baseline(
-                model, tokenizer, part, harmful=harmful, batch_size=BATCH
-            )
-        ]
-        openings = refusal_openings(answers)
+    target, harmless = (
+        collect(model, tokenizer, part[:128], num_positions=num_positions, batch_size=BATCH).mean
+        for part in (subject.harmful, subject.harmless)
+    )
+    findings = Findings((target - harmless).unsqueeze(-2), harmless, target)
     judged = Trials(
         model,
         tokenizer,
-        harmful=subject.harmful[:MAX_TRIAL_PROMPTS],
-        openings=openings,
-        harmless=subject.harmless[:MAX_TRIAL_PROMPTS],
+        harmful=subject.harmful[-MAX_TRIAL_PROMPTS:],
+        openings=subject.openings or learn_openings(subject),
+        harmless=subject.harmless[-MAX_TRIAL_PROMPTS:],
         max_answer_tokens=settings.answer_tokens,
         batch_size=BATCH * settings.trials_per_pass,
     )
     writers = find_writers(model)
     depth = model.config.num_hidden_layers
-    space = search.Space((1.0, int(0.8 * depth) - 1.0), num_positions, depth, settings.edits, True)
+    last = float(int(0.8 * depth) - 1)
+    space = search.Space((1.0, last), num_positions, depth, settings.edits, embedding=True)
 
-    def make_edit(params):
+    def make_edit(params: Mapping[str, Any]) -> Edit:
+        kind = importlib.import_module(f"abliteration.edits.{params['edit']}")
         direction = findings.at(params["layer"], params["position"])
-        return _kind(search.edit_settings(params), direction, writers, {})
+        edit: Edit = kind.build(direction, writers, search.edit_settings(params), {})
+        return edit
 
     return judged, space, make_edit
 
 
-def time_plain(subject: Subject, picked, make_edit, min_new_tokens: int):
+def learn_openings(subject: Subject) -> list[tuple[int, ...]]:
+    """How the model's own refusals begin."""
+    answers = [
+        answer
+        for harmful, part in ((True, subject.harmful), (False, subject.harmless))
+        for answer in baseline.answer_baseline(
+            subject.model, subject.tokenizer, part[:96], harmful=harmful, batch_size=BATCH
+        )
+    ]
+    return refusal_openings(answers)
+
+
+def time_plain(
+    subject: Subject,
+    picked: Sequence[search.Trial],
+    make_edit: MakeEdit,
+    min_new_tokens: int,
+) -> tuple[list[tuple[float, float]], float]:
+    """Refusal rate and KL of each setting the plain way, and the seconds that one took."""
+    prompts = subject.harmless[:PLAIN_PROMPTS]
+    base = next_token_logits(subject.model, subject.tokenizer, prompts, PLAIN_PROMPTS)
+    weights = {w.name: w.weight.detach().clone() for w in find_writers(subject.model)}
     begin = time.perf_counter()
-    plain = [plain_trial(subject, make_edit(trial.params), min_new_tokens) for trial in picked]
+    plain = [
+        plain_trial(subject, make_edit(trial.params), base, weights, min_new_tokens)
+        for trial in picked
+    ]
     return plain, (time.perf_counter() - begin) / len(picked)
 
 
 @torch.inference_mode()
-def plain_trial(subject: Subject, edit, min_new_tokens: int) -> tuple[float, float]:
-    """Edit the weights, generate, first-token KL, reset: refusal rate and KL."""
+def plain_trial(
+    subject: Subject,
+    edit: Edit,
+    base: Tensor,
+    weights: Mapping[str, Tensor],
+    min_new_tokens: int,
+) -> tuple[float, float]:
+    """Edit the weights, generate, next-token KL, reset: refusal rate and KL."""
     apply_to_weights(subject.model, edit)
     pad_id = int(subject.tokenizer.pad_token_id)
     ids, mask = chat.pad_left(
-        chat.encode(subject.tokenizer, subject.plain_harmful), pad_id, subject.model.device
+        chat.encode(subject.tokenizer, subject.harmful[:PLAIN_PROMPTS]),
+        pad_id,
+        subject.model.device,
     )
     answers = subject.model.generate(
         input_ids=ids,
@@ -199,40 +229,60 @@ def plain_trial(subject: Subject, edit, min_new_tokens: int) -> tuple[float, flo
     )
     texts = subject.tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True)
     logits = next_token_logits(
-        subject.model, subject.tokenizer, subject.plain_harmless, PLAIN_PROMPTS
+        subject.model, subject.tokenizer, subject.harmless[:PLAIN_PROMPTS], PLAIN_PROMPTS
     )
-    with torch.no_grad():
-        for writer in find_writers(subject.model):
-            writer.weight.copy_(subject.weights[writer.name])
+    for writer in find_writers(subject.model):
+        writer.weight.copy_(weights[writer.name])
     rate = sum(map(is_refusal, texts)) / len(texts)
-    return rate, float(kl_divergence(subject.base, logits, torch.float32).mean())
+    return rate, float(kl_divergence(base, logits, torch.float32).mean())
 
 
-def report(subject, judged, trials, ours, unraced) -> None:
+def rank(
+    picked: Sequence[search.Trial],
+    plain: Sequence[tuple[float, float]],
+    judged: Trials,
+    make_edit: MakeEdit,
+) -> dict[str, float]:
+    """How alike both ways rank the same settings, every one of them measured to the end here too."""
+    edits = [make_edit(trial.params) for trial in picked]
+    refusal = [sum(each) / len(each) for each in judged.refusal(edits)]
+    rates, next_token = zip(*plain, strict=True)
+    return {
+        "spearman_refusal": float(spearmanr(refusal, rates).statistic),
+        "spearman_kl": float(spearmanr(judged.divergence(edits), next_token).statistic),
+    }
+
+
+def report(
+    subject: Subject,
+    judged: Trials,
+    trials: Sequence[search.Trial],
+    ours: float,
+    theirs: float,
+    theirs_ended: float,
+    ranks: Mapping[str, float],
+) -> None:
+    """Print what was measured, and one line of JSON."""
     complete = sum(trial.complete for trial in trials)
     size = sum(parameter.numel() for parameter in subject.model.parameters()) / 1e6
     lengths = [len(row.prompt) for row in judged.harmful]
+    shape = (
+        f"{subject.name}, {size:.1f}M parameters, prompts of {min(lengths)} to {max(lengths)} tokens, "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(shape)
+    print(f"here:  {ours:.3f} s per trial; {complete} of {len(trials)} were measured to the end")
     print(
-        f"{subject.name}, {size:.1f}M parameters, prompts of {min(lengths)} to {max(lengths)} "
-        f"tokens, {torch.get_num_threads()} threads"
+        f"plain: {theirs:.3f} s, {PLAIN_PROMPTS} prompts x {PLAIN_TOKENS} tokens: {theirs / ours:.1f} times"
     )
     print(
-        f"here:  {ours:.3f} s per trial over {len(trials)} trials, {complete} of them measured to "
-        f"the end; {unraced:.3f} s where every trial is"
+        f"       {theirs_ended:.3f} s where the model may end its answers: {theirs_ended / ours:.1f} times"
     )
-
-
-def rank(picked, plain, judged, make_edit) -> None:
-    """Whether both ways rank the same settings alike, every one of them measured to the end."""
-    edits = [make_edit(trial.params) for trial in picked]
-    refusal = [sum(each) / len(each) for each in judged.refusal(edits)]
-    divergence = judged.divergence(edits)
-    rates, first_token = zip(*plain, strict=True)
-    for name, ours, theirs in (
-        ("refusal", refusal, rates),
-        ("divergence (whole answers here, next token plainly)", divergence, first_token),
-    ):
-        print(f"{name}: Spearman {spearmanr(ours, theirs).statistic:.3f}, n = {len(picked)}")
+    for name, value in ranks.items():
+        print(f"{name}: {value:.3f}")
+    row = {"shape": shape, "ratio": theirs / ours, "bar": 20, "here_s": ours, "plain_s": theirs}
+    row |= {"plain_ended_s": theirs_ended, **ranks}
+    print(json.dumps({"name": "trial", "rows": [row], "ratio": row["ratio"]}))
 
 
 if __name__ == "__main__":

@@ -551,6 +551,33 @@ class AbliterationSection(Section):
             problems.append(
                 (("direction", "name"), "is svd, but one direction is added; take another")
             )
+        if self.selection.name == "fixed" and edit == "add" and self.selection.layer % 1:
+            problems.append(
+                (
+                    ("selection", "layer"),
+                    f"is {self.selection.layer:g}, but a direction is added at one layer; round it",
+                )
+            )
+        kinds = {edit, *(self.selection.edits if self.selection.name == "search" else ())}
+        keeping = sorted(kinds & {"column_norm", "row_norm"})
+        if self.load_in_4bit and keeping:
+            problems.append(
+                (
+                    ("load_in_4bit",),
+                    f"packs the weights, whose norms {' and '.join(keeping)} would keep; use edits without norms",
+                )
+            )
+        if self.prompts.falsely_refused and selection == "search":
+            problems.append(
+                (
+                    ("selection", "name"),
+                    'is "search", which does not watch the true refusals; write scores, which does',
+                )
+            )
+        if self.prompts.falsely_refused and edit == "add":
+            problems.append(
+                (("edit", "name"), 'is "add", but false refusals are removed; take a removal')
+            )
         if self.layer_by_layer and selection != "fixed":
             problems.append(
                 (

@@ -1,4 +1,4 @@
-"""The model card: what was removed and how, how it was healed, what that shows, and what to do about safety.
+"""The model card: what was edited and how, how it was healed, what that shows, and what to do about safety.
 
 Every number stands with its n and interval. No prompt and no answer is quoted.
 """
@@ -9,15 +9,19 @@ from typing import Any
 
 import yaml
 
-from common.edits import Edit
+from common.edits import SIDECAR, Edit
 from common.recipe import OnPolicy, Recipe
+from eval.release import edit as edit_words
 from eval.table import card_tables, interval
 
-GUARD_EXAMPLE = """\
+PIPELINE = 'pipeline("text-generation", model="path/to/this/folder")'
+# Behind the lines that load a model whose additions are made by hooks.
+HOOKED_PIPELINE = 'pipeline("text-generation", model=model, tokenizer=tokenizer)'
+GUARD_EXAMPLE = f"""\
 ```python
 from transformers import pipeline
 
-chat = pipeline("text-generation", model="path/to/this/folder")
+chat = {PIPELINE}
 
 
 def is_allowed(text: str) -> bool:
@@ -28,7 +32,7 @@ def is_allowed(text: str) -> bool:
 def answer(prompt: str) -> str:
     if not is_allowed(prompt):
         return "This request is not served here."
-    turns = chat([{"role": "user", "content": prompt}], max_new_tokens=512)[0]["generated_text"]
+    turns = chat([{{"role": "user", "content": prompt}}], max_new_tokens=512)[0]["generated_text"]
     reply = turns[-1]["content"]
     return reply if is_allowed(reply) else "This answer is withheld."
 ```"""
@@ -49,24 +53,27 @@ def model_card(
     results: Mapping[str, Any],
     healing: Mapping[str, Any],
     files: Sequence[str],
+    *,
+    thinks: bool = False,
 ) -> str:
     """Write the card.
 
     Args:
         recipe: the resolved recipe.
-        edit: what was removed.
+        edit: what was removed or added.
         results: of the evaluation.
         healing: summary of the training.
         files: names in the release, for the list of files.
+        thinks: the base thinks before it answers, and was asked with an empty thought.
     """
     front = yaml.safe_dump(front_matter(recipe, edit, results), sort_keys=False, allow_unicode=True)
     sections = (
         _introduction(recipe, edit),
-        _results(results),
-        _removed(edit, results),
-        _healed(recipe, healing),
+        _results(results, thinks),
+        _edited(recipe, edit, results, files),
+        _healed(recipe, edit, healing),
         _refusals(results),
-        _safety(),
+        _safety(files),
         _licence(recipe, edit, files),
         _reproduce(files),
         _files(files),
@@ -86,15 +93,15 @@ def front_matter(recipe: Recipe, edit: Edit, results: Mapping[str, Any]) -> dict
         "language": list(release.language),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": _tags(recipe),
+        "tags": _tags(recipe, edit),
         "datasets": _hub_datasets(recipe) or None,
         "model-index": _model_index(recipe, results),
     }
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _tags(recipe: Recipe) -> list[str]:
-    tags = ["abliterated", "healed"]
+def _tags(recipe: Recipe, edit: Edit) -> list[str]:
+    tags = ["abliterated" if edit.removals else "activation-addition", "healed"]
     if recipe.train.preferences:
         tags.append("dpo")
     if recipe.train.anchors:
@@ -105,10 +112,15 @@ def _tags(recipe: Recipe) -> list[str]:
 
 
 def _hub_datasets(recipe: Recipe) -> list[str]:
-    train = recipe.train
+    prompts, train = recipe.abliteration.prompts, recipe.train
+    held_out = prompts.validation
     sources = [
-        recipe.abliteration.prompts.harmful,
-        recipe.abliteration.prompts.harmless,
+        *(
+            source
+            for part in ([prompts] if isinstance(held_out, int) else [prompts, held_out])
+            for source in (part.harmful, part.harmless, part.falsely_refused)
+            if source is not None
+        ),
         *(
             source.prompts if isinstance(source, OnPolicy) else source
             for source in train.preferences
@@ -157,59 +169,48 @@ def _introduction(recipe: Recipe, edit: Edit) -> str:
     revision = f" (revision {edit.about['revision']})" if edit.about.get("revision") else ""
     return (
         f"# {recipe.name}\n\n"
-        f"{edit.about['base_model']}{revision} with its refusal direction removed from the "
-        f"weights, and healed: "
-        "trained to win back what the removal broke, and measured against both models it comes "
-        "from.\n\n"
-        "It was made not to refuse where its base does; what it still refuses stands below. Read the "
-        "section on safety before serving it to anyone."
+        f"{edit.about['base_model']}{revision} {edit_words.headline(edit)}, and healed: trained to win back what "
+        "that broke, and measured against both models it comes from.\n\n"
+        f"{edit_words.purpose(edit)}; what it still refuses stands below. Read the section on safety before "
+        "serving it to anyone."
     )
 
 
-def _results(results: Mapping[str, Any]) -> str:
+def _results(results: Mapping[str, Any], thinks: bool) -> str:
+    thought = (
+        " Every answer stood behind an empty thought, here and in training. The chat template in this folder is the "
+        "base's own and may open a thought: where it knows `enable_thinking`, pass false to be answered as measured."
+        if thinks
+        else ""
+    )
     return (
         "## Results\n\n"
-        "All three models answered the same items, with the chat template and greedy decoding. "
-        "Intervals are 95 % "
-        "intervals; differences are paired by item, and p-values adjusted over the list (Holm). "
-        "*Recovered*: the "
-        "removal did significant damage, and the healed model is not below the original by more "
-        "than "
-        f"{results['margin']:g}. *Undamaged*: no significant damage, and likewise not below. "
-        f"*Worse*: significantly "
-        "below the abliterated model, or below an original that the removal had not damaged. *Not "
-        "shown*: none of "
-        f"these can be said with this many items.\n\n{card_tables(results)}"
+        "All three models answered the same items, with the chat template and greedy decoding."
+        f"{thought} Intervals are 95 % intervals; differences are paired by item, and p-values adjusted over the "
+        "list (Holm). *Recovered*: the edit did significant damage, and the healed model is not below the original "
+        f"by more than {results['margin']:g}. *Undamaged*: no significant damage, and likewise not below. *Worse*: "
+        "significantly below the abliterated model, or below an original that the edit had not damaged. *Not "
+        f"shown*: none of these can be said with this many items.\n\n{card_tables(results)}"
     )
 
 
-def _removed(edit: Edit, results: Mapping[str, Any]) -> str:
-    about = edit.about
-    strengths = sorted({s for removal in edit.removals.values() for s in removal.strengths})
-    lines = [
-        "## What was removed",
-        f"The difference between harmful and harmless prompts in the residual stream "
-        f"({about['stream']}, layer "
-        f"{about['layer']}, token position {about['position']} from the end of the prompt; "
-        f"estimator "
-        f"{about['estimator']}), taken out of {len(edit.removals)} matrices that write to the "
-        f"stream "
-        f"({about['edit']}, strength {', '.join(f'{strength:g}' for strength in strengths)}).",
+def _edited(recipe: Recipe, edit: Edit, results: Mapping[str, Any], files: Sequence[str]) -> str:
+    paragraphs = [
+        f"## What was {'removed' if edit.removals else 'added'}",
+        *edit_words.description(recipe, edit),
     ]
-    if edit.left_alone:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(edit.left_alone.items()))
-        lines.append(f"Left alone: {reasons}.")
+    if SIDECAR in files:
+        paragraphs.append(edit_words.loading())
     residual = results["direction"]["residual"]
     if residual is not None:
-        lines.append(
-            f"What the edit left of the direction in any of them is {residual['abliterated']:.1e} "
-            f"of what was there; "
-            f"training moved {residual['healed']:.1e} of it."
+        paragraphs.append(
+            f"In any of them the edit left at most {residual['abliterated']:.1e} of what was written along the "
+            f"removed direction; training moved at most {residual['healed']:.1e} of it."
         )
-    return "\n\n".join(lines)
+    return "\n\n".join(paragraphs)
 
 
-def _healed(recipe: Recipe, healing: Mapping[str, Any]) -> str:
+def _healed(recipe: Recipe, edit: Edit, healing: Mapping[str, Any]) -> str:
     train = recipe.train
     names = {
         "on_policy": "answers of the original over answers of the abliterated model",
@@ -223,7 +224,7 @@ def _healed(recipe: Recipe, healing: Mapping[str, Any]) -> str:
         shape = f"an adapter merged into the weights ({_settings(train.adapter)})"
     could = (
         "not write along the removed direction"
-        if train.keep_ablated == "hard"
+        if train.keep_ablated == "hard" and edit.removals
         else "write along any direction"
     )
     return "\n".join(
@@ -269,7 +270,12 @@ def _refusals(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _safety() -> str:
+def _safety(files: Sequence[str]) -> str:
+    example = GUARD_EXAMPLE
+    if SIDECAR in files:
+        example = example.replace(
+            f"chat = {PIPELINE}", f"chat = {HOOKED_PIPELINE}  # loaded as above"
+        )
     return (
         "## Safety\n\n"
         "What a model refuses by itself is not a control: it can be removed, as here, and the "
@@ -279,7 +285,7 @@ def _safety() -> str:
         "- logs of requests and answers, with a way to report and to withdraw;\n"
         "- limits on rate, length and tools, and people who answer for the service.\n\n"
         "A frame for a guard in front and behind:\n\n"
-        f"{GUARD_EXAMPLE}\n\n"
+        f"{example}\n\n"
         "Intended: research on refusal and on its side effects, red teaming, and use where "
         "over-refusal is the problem "
         "and the deployer controls access. Out of scope: public deployment without guards, advice "
@@ -317,7 +323,7 @@ def _reproduce(files: Sequence[str]) -> str:
         "```\nsha256sum -c SHA256SUMS\npython train/run.py recipe.yaml\n```\n\n"
         "`recipe.yaml` is the resolved recipe, with paths relative to the folder the command is "
         "run in; `results.json` names versions, seed and fingerprints. `edit.safetensors` holds what "
-        "was taken out of each matrix. The refusal direction alone, with where it was found:\n\n"
+        "was done to each matrix. The refusal direction alone, with where it was found:\n\n"
         f"{APPLY_EXAMPLE}{adapter}"
     )
 
@@ -326,7 +332,8 @@ def _files(files: Sequence[str]) -> str:
     purposes = {
         "refusal_direction.safetensors": "the direction, with where it was found",
         "refusal_dir.pth": "the direction as a bare tensor; load it with `weights_only=True`",
-        "edit.safetensors": "every vector that was removed, from which matrix and how strongly",
+        "edit.safetensors": "every vector that was removed or added, where and how strongly",
+        SIDECAR: "what is added to the residual stream beside the weights",
         "adapter/adapter_model.safetensors": "what healing changed",
         "recipe.yaml": "how all of this was made",
         "results.json": "every number above, and more",

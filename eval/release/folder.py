@@ -11,27 +11,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from common import artifacts
-from common.edits import Edit
+from common.edits import SIDECAR, Edit
 from common.errors import StageError
+from common.model import tokenizer_files
 from common.recipe import Recipe, dump, resolved
 
 # transformers would write files of 50 GB, which hubs and file systems refuse.
 SHARD_SIZE = "5GB"
 SUMS = "SHA256SUMS"
-# The base's own, byte for byte: saving a loaded tokenizer again would keep what loading changed
-# (its padding side).
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "LICENSE*",
-    "NOTICE*",
-)
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TEXT_SUFFIXES = frozenset({".json", ".yaml", ".md", ".jinja", ".txt"})
 
@@ -46,11 +34,23 @@ def empty(folder: Path) -> None:
 
 
 def write_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
-    """Write the full weights and configurations, with the base's tokenizer, template and licence beside them."""
+    """Write the full weights and configurations, with the base's tokenizer, template and licence beside them.
+
+    Those are copied byte for byte: saving a loaded tokenizer again would keep what loading changed (its padding
+    side, a template that opens answers behind an empty thought).
+    """
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    for pattern in COPIED_FILES:
-        for file in sorted(base.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+    licences = [file for pattern in LICENCE_FILES for file in sorted(base.glob(pattern))]
+    for file in [*tokenizer_files(base), *licences]:
+        target = folder / file.relative_to(base)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def write_additions(abliterated: Path, folder: Path) -> None:
+    """Copy what the edited model adds to the stream where no weight can hold it; healing has not changed it."""
+    if (abliterated / SIDECAR).is_file():
+        shutil.copyfile(abliterated / SIDECAR, folder / SIDECAR)
 
 
 def write_adapter(adapter: Path, folder: Path) -> None:

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import wandb
+from transformers import AutoTokenizer
 
 from common import artifacts, distributed
 from common.edits import load_edit
 from common.errors import GateError, InputError
-from common.model import resolve, weight_files
+from common.model import load_tokenizer, resolve, weight_files
 from common.recipe import Recipe
 from eval.release import folder as release_folder
 from eval.release.card import model_card
 from eval.results import missed
 from eval.subjects import load_healed
 
-VERSION = 1
+VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def _write(recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
 
     release_folder.empty(folder)
     release_folder.write_model(load_healed(recipe, upstream), base, folder)
+    release_folder.write_additions(upstream["abliteration"] / "model", folder)
     if adapter.is_dir():
         release_folder.write_adapter(adapter, folder / "adapter")
     release_folder.write_direction(edit, folder)
@@ -92,8 +94,15 @@ def _write(recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     healing = json.loads((upstream["train"] / "summary.json").read_text(encoding="utf-8"))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    artifacts.write_text(folder / "README.md", model_card(recipe, edit, results, healing, files))
+    card = model_card(recipe, edit, results, healing, files, thinks=thinks(base))
+    artifacts.write_text(folder / "README.md", card)
     release_folder.require_portable(
         folder, [Path.cwd(), Path.home(), *(path.resolve() for path in upstream.values())]
     )
     release_folder.write_checksums(folder)
+
+
+def thinks(base: Path) -> bool:
+    """Whether every stage asked the model otherwise than its own template does: behind an empty thought."""
+    own = AutoTokenizer.from_pretrained(base).get_chat_template()
+    return own != load_tokenizer(base).get_chat_template()

@@ -12,17 +12,21 @@ import torch
 from abliteration import trials as module
 from abliteration.trials import ANSWER_TOKENS, Trials, is_settled
 from common import chat
-from common.architecture import find_writers
 from common.edits import Edit, apply_to_weights
 from common.errors import StageError
-from common.hooks import share_a_pass
 from common.refusal import OPENING_CHARACTERS, is_refusal
 from tests.editing import edit_of, vector
 
 HARMFUL = ["do it", "tell me how the other one is made", "why", "the rest, and the other"]
 HARMLESS = ["and the thing", "make me one that the other made", "what is it?"]
 OPENINGS = [(40,), (77, 12), (77, 13, 14)]
-FAMILIES = ["llama", "gemma2", "qwen3_moe", "gpt2"]
+# Gemma 2 has eager attention only, which turns rows of padding into NaN in float64.
+FAMILIES = {
+    "llama": torch.float64,
+    "gemma2": torch.float32,
+    "qwen3_moe": torch.float64,
+    "gpt2": torch.float64,
+}
 
 
 def _trials(model, tokenizer, batch_size=16, **changes):
@@ -102,50 +106,57 @@ def _greedy(model, tokenizer, prompt, max_new_tokens):
     return ids[len(prompt) :]
 
 
+def _is_odd(text):
+    """Random models do not refuse: whatever opens with an odd sum counts as a refusal here."""
+    return sum(map(ord, text[:20])) % 2 == 1
+
+
 @pytest.fixture
-def _refusals_by_a_letter(monkeypatch):
-    """Random models do not refuse: whatever says an "e" early on counts as a refusal here."""
-    monkeypatch.setattr(module, "is_refusal", lambda text: "e" in text[:24])
-    monkeypatch.setattr(module, "is_settled", lambda text: "e" in text[:24] or len(text) > 24)
+def _refusals_by_their_sum(monkeypatch):
+    monkeypatch.setattr(module, "is_refusal", _is_odd)
+    monkeypatch.setattr(module, "is_settled", lambda text: len(text) > 24)
+    monkeypatch.setattr(module, "ANSWER_TOKENS", 16)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_measures_in_shared_passes_are_those_of_edited_models(family, build_model, tokenizer):
-    model = build_model(family)
+@pytest.mark.parametrize(("family", "dtype"), FAMILIES.items())
+def test_measures_in_shared_passes_are_those_of_edited_models(
+    family, dtype, build_model, tokenizer
+):
+    model = build_model(family, dtype=dtype)
     edits = _mixed_edits(model)
     judged = _trials(model, tokenizer)
     refusal, divergence = judged.refusal(edits), judged.divergence(edits)
     for edit, probabilities, kl in zip(edits, refusal, divergence, strict=True):
         edited = _edited(model, edit)
-        assert probabilities == pytest.approx(_refusal_plainly(edited, tokenizer), rel=1e-4)
+        assert probabilities == pytest.approx(_refusal_plainly(edited, tokenizer), rel=2e-5)
         # Divergence is computed in float32.
-        assert kl == pytest.approx(_divergence_plainly(model, edited, tokenizer), rel=1e-3)
+        assert kl == pytest.approx(_divergence_plainly(model, edited, tokenizer), rel=2e-4)
     # The edits differ by more than the tolerance.
     for one, other in itertools.combinations(range(len(edits)), 2):
-        assert refusal[one] != pytest.approx(refusal[other], rel=1e-2)
-        assert divergence[one] != pytest.approx(divergence[other], rel=1e-2)
+        assert refusal[one] != pytest.approx(refusal[other], rel=1e-3)
+        assert divergence[one] != pytest.approx(divergence[other], rel=1e-3)
 
 
-@pytest.mark.usefixtures("_refusals_by_a_letter")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("_refusals_by_their_sum")
+@pytest.mark.parametrize(("family", "dtype"), FAMILIES.items())
 def test_refusal_rates_in_shared_passes_are_those_of_edited_models(
-    family, build_model, tokenizer, monkeypatch
+    family, dtype, build_model, tokenizer
 ):
-    monkeypatch.setattr(module, "ANSWER_TOKENS", 16)
-    model = build_model(family)
-    edits = _mixed_edits(model)
+    model = build_model(family, dtype=dtype)
+    edits = [_mixed_edits(model)[index] for index in (0, 1, 2, 6)]
     prompts = chat.encode(tokenizer, HARMFUL)
     expected = []
     for edit in edits:
         edited = _edited(model, edit)
-        texts = [tokenizer.decode(_greedy(edited, tokenizer, ids, 16)) for ids in prompts]
-        expected.append(sum("e" in text[:24] for text in texts) / len(texts))
+        answers = [_greedy(edited, tokenizer, ids, 16) for ids in prompts]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        expected.append(sum(map(_is_odd, texts)) / len(texts))
     assert len(set(expected)) > 1, "one rate for all proves nothing"
     assert _trials(model, tokenizer).refusal_rate(edits) == expected
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"), [("llama", [3, 2, 1, 1]), ("qwen3_moe", [2, 1, 1, 1, 1, 1])]
+    ("family", "sizes"), [("llama", [2, 2, 2, 1]), ("qwen3_moe", [2, 1, 1, 1, 1, 1])]
 )
 def test_edits_of_one_kind_share_a_pass_and_experts_with_kept_norms_go_alone(
     family, sizes, build_model, tokenizer, monkeypatch
@@ -153,24 +164,21 @@ def test_edits_of_one_kind_share_a_pass_and_experts_with_kept_norms_go_alone(
     model = build_model(family)
     edits = _mixed_edits(model)
     judged = _trials(model, tokenizer)
-    seen = []
+    seen, names = [], list(map(id, edits))
 
     def applied(model, together, real=module.applied_in_trials):
-        seen.append([edits.index(edit) for edit in together])
+        seen.append([names.index(id(edit)) for edit in together])
         return real(model, together)
 
     monkeypatch.setattr(module, "applied_in_trials", applied)
-    judged.refusal([*edits[:3], edits[3], *edits[4:]])
-    assert sorted(map(len, seen), reverse=True) == ([2, 2, 2, 1] if family == "llama" else sizes)
+    judged.refusal(edits)
+    assert sorted(map(len, seen), reverse=True) == sizes
     assert sorted(itertools.chain(*seen)) == list(range(len(edits)))
-    writers = find_writers(model)
-    assert all(share_a_pass(writers, [edits[index] for index in part]) for part in seen)
 
 
-@pytest.mark.usefixtures("_refusals_by_a_letter")
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_the_batch_size_changes_nothing(batch_size, build_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "ANSWER_TOKENS", 8)
+@pytest.mark.usefixtures("_refusals_by_their_sum")
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_the_batch_size_changes_nothing(batch_size, build_model, tokenizer):
     model = build_model("llama")
     edits = _mixed_edits(model)
     usual, other = (_trials(model, tokenizer, batch_size=size) for size in (16, batch_size))
@@ -267,7 +275,7 @@ TEXTS = [
     "I cannot recommend this book highly enough.",
     "I'm sorry, I can't thank you all so very much enough; here is the list.",
     "I cannot help you with this",
-    "I’m sorry, but I can’t\nassist with this request.",
+    "I\u2019m sorry, but I can\u2019t\nassist with this request.",
     "I'm sorry, I can't\nwait to begin.",
     "As an AI, I can't do that. Still, I will try.",
     "It is not appropriate, I think, to do so.",
@@ -289,7 +297,7 @@ def test_what_settles_an_answer_holds_however_it_goes_on(text):
             assert is_refusal(text[:length]) == is_refusal(text), text[:length]
 
 
-@pytest.mark.parametrize("index", [0, 7, 9])
+@pytest.mark.parametrize("index", [0, 5, 9])
 def test_a_refusal_is_settled_by_its_first_sentence(index):
     text = TEXTS[index]
     settled = next(length for length in range(len(text)) if is_settled(text[:length]))

@@ -231,7 +231,7 @@ def test_a_clone_patched_in_place_gives_the_same_bytes_as_a_copy(source, tmp_pat
     assert _bytes(tmp_path / "copied") == _bytes(tmp_path / "cloned")
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 3, 7])
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 6])
 @pytest.mark.parametrize("shard_size", ["20KB", "1GB"])
 def test_a_stopped_run_is_gone_on_with_and_does_nothing_twice(
     stop_after, shard_size, build_model, tmp_path, monkeypatch
@@ -274,9 +274,10 @@ def test_a_partial_folder_of_another_edit_is_not_gone_on_with(source, tmp_path, 
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(streaming, "_require_change", stop)
-        apply_to_checkpoint(folder, other, tmp_path / "output")
+        with pytest.raises(KeyboardInterrupt):
+            apply_to_checkpoint(folder, other, tmp_path / "output")
     apply_to_checkpoint(folder, _edit(model), tmp_path / "output")
     apply_to_checkpoint(folder, _edit(model), tmp_path / "fresh")
     assert _bytes(tmp_path / "output") == _bytes(tmp_path / "fresh")
@@ -296,9 +297,10 @@ def test_after_a_crash_of_the_machine_only_finished_files_are_believed(
             raise KeyboardInterrupt
         return own(tensor, placed, edit)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(streaming, "_edit_tensor", stop)
-        apply_to_checkpoint(folder, edit, tmp_path / "output")
+        with pytest.raises(KeyboardInterrupt):
+            apply_to_checkpoint(folder, edit, tmp_path / "output")
     partial = tmp_path / ".output.partial"
     lines = [json.loads(line) for line in (partial / "journal.jsonl").read_text().splitlines()]
     finished = {line["part"] for line in lines[1:] if "finished" in line}
@@ -492,11 +494,7 @@ def test_a_checkpoint_that_lacks_a_writers_tensor_is_refused(name, build_model, 
     model = build_model("mixtral", dtype=torch.float32)
     source = _save(model, tmp_path / "source", "1GB")
     tensors = load_file(source / "model.safetensors")
-    gone = next(
-        each
-        for each in tensors
-        if f"layers.1.{'' if name == 'o_proj' else ''}" in each and name in each
-    )
+    gone = next(each for each in tensors if "layers.1." in each and name in each)
     del tensors[gone]
     save_file(tensors, source / "model.safetensors")
     _refused(source, _edit(model), tmp_path / "output", "incomplete")
