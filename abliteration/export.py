@@ -16,6 +16,7 @@ from abliteration.noise import self_divergence
 from abliteration.prompt_sets import PromptSet
 from abliteration.selection import next_token_logits
 from common import distributed
+from common.architecture import find_writers
 from common.checkpoint import Written, apply_to_checkpoint
 from common.divergence import kl_divergence
 from common.edits import Edit
@@ -148,7 +149,7 @@ def write(
             + ("find the direction without load_in_4bit" if in_4bit else "report it as a bug")
         )
     reach = verification.stream_along(exported, tokenizer, scores.prompts[:SAMPLE], edit.direction)
-    verification.check_stream(scores.reach, reach, edit, exported.dtype)
+    verification.check_stream(scores.reach, reach, edit, find_writers(exported), exported.dtype)
     logger.info(
         "abliteration: exported and scored again: KL %.1e from what was scored (the edit moved %.4f, noise floor %.1e)",
         mismatch,

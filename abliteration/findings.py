@@ -14,6 +14,9 @@ from abliteration.placement import Direction, at_layer, orthonormal, unit, witho
 from abliteration.prompt_sets import PromptSet
 from common.errors import StageError
 
+# Less than this share of a direction is rounding.
+NEGLIGIBLE = 1e-9
+
 # From sets of prompts, a quantile to winsorize at, and files for samples to the sets' activations.
 Collect = Callable[
     [Sequence[Sequence[str]], float | None, Sequence[Path] | None], Sequence[Activations]
@@ -42,16 +45,19 @@ class Findings:
         """
         directions, harmless = self.directions[:, position], self.harmless[:, position]
         lower, share = int(layer), layer - int(layer)
-        lengths = directions[lower : lower + (2 if share else 1), 0].norm(dim=-1)
-        if not bool((lengths > 0).all()):
+        around = directions[lower : lower + (2 if share else 1)]
+        lengths = around.norm(dim=-1)
+        if not bool((lengths[:, 0] > 0).all()):
             raise StageError(
                 f"abliteration: harmful and harmless prompts do not differ at layer {layer:g}, position "
                 f"{position} (a fixed token of the template); choose a later layer or another position"
             )
+        # The prompts may vary in fewer ways than were asked for.
+        around = around[:, (lengths > 0).all(dim=0)]
         if share == 0:
-            return Direction(directions[lower], layer, harmless)
-        units = torch.stack([orthonormal(directions[lower]), orthonormal(directions[lower + 1])])
-        length = at_layer(lengths, share)
+            return Direction(around[0], layer, harmless)
+        units = torch.stack([orthonormal(vectors) for vectors in around])
+        length = at_layer(lengths[:, 0], share)
         return Direction(unit(at_layer(units, share)) * length, layer, harmless)
 
 
@@ -95,11 +101,13 @@ def keep_true_refusal(false: Tensor, true: Tensor) -> Tensor:
         true: the same shape.
 
     Returns:
-        [layers, positions, k, d_model]: every vector orthogonal to all k of `true` at its layer and position.
+        [layers, positions, k, d_model]: every vector orthogonal to all k of `true` at its layer and position, and
+        zero where it lies among them.
     """
     kept = false.clone()
     for layer, position in torch.cartesian_prod(*map(torch.arange, false.shape[:2])).tolist():
         there = true[layer, position]
         for axis in orthonormal(there[there.norm(dim=-1) > 0]) if there.any() else []:
             kept[layer, position] = without(kept[layer, position], axis)
-    return kept
+    lengths = [vectors.norm(dim=-1, keepdim=True) for vectors in (kept, false)]
+    return torch.where(lengths[0] > NEGLIGIBLE * lengths[1], kept, 0.0)

@@ -29,8 +29,10 @@ from common.recipe import COMPONENTS, EditWeights, LayerKernel, SearchSelection
 RACE = 0.25
 # The share of the trials that is drawn at random before the sampler learns from them.
 RANDOM_SHARE = 0.25
-# The prompts that every trial is measured on, and those for the trials that are not beaten there.
-HEAT, AFTER = slice(0, 8), slice(8, None)
+# The prompts of each heat: all trials run in the first, those in the next that are not beaten by then.
+HEATS = (slice(0, 8), slice(8, 16), slice(16, None))
+# A trial is beaten by one that diverges less than this share of it on the same prompts.
+MARGIN = 0.75
 
 Params = Mapping[str, Any]
 MakeEdit = Callable[[Params], Edit]
@@ -47,7 +49,8 @@ class Trial:
         params: by name; see `Space`.
         refusal: mean probability that an answer to a harmful prompt begins as a refusal.
         kl: mean KL(original || edited) of answers to harmless prompts, nats per token; None if it still refused.
-        complete: whether both were measured on all prompts; otherwise on the first few.
+        kls: the same in each heat that it ran.
+        complete: whether both were measured on all prompts; otherwise on those of the heats that it ran.
         rate: share of the harmful prompts that it refuses in full answers; None off the front.
     """
 
@@ -55,6 +58,7 @@ class Trial:
     params: dict[str, Any]
     refusal: float
     kl: float | None = None
+    kls: tuple[float, ...] = ()
     complete: bool = False
     rate: float | None = None
 
@@ -155,7 +159,7 @@ def search(
     Returns:
         All trials, in their order.
     """
-    limit = RACE * trials.original_refusal
+    limit, enough = RACE * trials.original_refusal, settings.max_refusal / 2
     done = distributed.broadcast(_read(journal) if distributed.is_main() else None) or []
     bar = tqdm(
         total=settings.num_trials,
@@ -166,18 +170,18 @@ def search(
     )
     while len(done) < settings.num_trials:
         count = min(settings.trials_per_pass, settings.num_trials - len(done))
-        asked = propose(done, space, first, count, settings.num_trials, seed)
-        done = [*done, *_race(trials, asked, make_edit, done, limit)]
+        asked = propose(done, space, first, count, settings.num_trials, seed, enough)
+        done = [*done, *_race(trials, asked, make_edit, done, limit, enough)]
         if distributed.is_main():
             _append(journal, done[-count:])
         bar.update(count)
     bar.close()
-    return judge(trials, done, make_edit)
+    return judge(trials, done, make_edit, enough)
 
 
-def judge(trials: Trials, done: Sequence[Trial], make_edit: MakeEdit) -> list[Trial]:
+def judge(trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float) -> list[Trial]:
     """Let the trials on the front answer the harmful prompts."""
-    ahead = front(done)
+    ahead = front(done, enough)
     rates = trials.refusal_rate([make_edit(trial.params) for trial in ahead])
     rated = {trial.number: rate for trial, rate in zip(ahead, rates, strict=True)}
     return [replace(trial, rate=rated.get(trial.number)) for trial in done]
@@ -190,6 +194,7 @@ def propose(
     count: int,
     num_trials: int,
     seed: int,
+    enough: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The next settings: the given first ones, then what Optuna's TPE draws from the finished trials.
 
@@ -200,6 +205,7 @@ def propose(
         count: how many to propose.
         num_trials: of the whole search.
         seed: with the number of finished trials it decides what is drawn.
+        enough: see `front`.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
@@ -212,7 +218,7 @@ def propose(
     behind = 2 * max((trial.kl or 0.0 for trial in done if _is_measured(trial)), default=0.0) or 1.0
     distributions = _distributions(space)
     for trial in done:
-        refusal = trial.refusal if math.isfinite(trial.refusal) else 1.0
+        refusal = max(trial.refusal, enough) if math.isfinite(trial.refusal) else 1.0
         kl = trial.kl if trial.kl is not None and _is_measured(trial) else behind
         study.add_trial(
             optuna.trial.create_trial(
@@ -229,10 +235,17 @@ def propose(
     return asked
 
 
-def front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other is better than: less refusal and no more divergence, or the other way round."""
+def front(trials: Sequence[Trial], enough: float) -> list[Trial]:
+    """The trials that no other is better than: less refusal and no more divergence, or the other way round.
+
+    Args:
+        trials: those measured to the end count.
+        enough: refusal below it is as good as none; what differs there is noise.
+    """
     points = [trial for trial in trials if trial.complete and _is_measured(trial)]
-    return [trial for trial in points if not any(_dominates(other, trial) for other in points)]
+    return [
+        trial for trial in points if not any(_dominates(other, trial, enough) for other in points)
+    ]
 
 
 def choose(trials: Sequence[Trial], max_refusal: float) -> tuple[Trial, str]:
@@ -271,58 +284,56 @@ def _race(
     make_edit: MakeEdit,
     done: Sequence[Trial],
     limit: float,
+    enough: float,
 ) -> list[Trial]:
-    """Measure a batch of settings, each as far as it gets: refusal, divergence, then both on the other prompts."""
+    """Measure a batch of settings heat by heat; who still refuses or is beaten leaves the race."""
     edits = [make_edit(params) for params in asked]
-    first = trials.refusal(edits, HEAT)
-    new = [
-        Trial(len(done) + index, params, _mean(refusal))
-        for index, (params, refusal) in enumerate(zip(asked, first, strict=True))
-    ]
-    left = [index for index, trial in enumerate(new) if trial.refusal <= limit]
-    if not left and not front(done):  # somebody has to be compared with
-        least = [t.refusal if math.isfinite(t.refusal) else math.inf for t in new]
-        left = [least.index(min(least))]
-    heat = trials.divergence([edits[index] for index in left], HEAT)
-    for index, kl in zip(left, heat, strict=True):
-        new[index] = replace(new[index], kl=kl)
-    left = [index for index in left if not _is_beaten(new[index], done)]
-    rest = [edits[index] for index in left]
-    measures = zip(left, trials.refusal(rest, AFTER), trials.divergence(rest, AFTER), strict=True)
-    shares = [trials.num_answer_tokens(part) for part in (HEAT, AFTER)]
-    for index, refusal, kl in measures:
-        kls = [new[index].kl or 0.0, kl]
-        new[index] = replace(
-            new[index],
-            refusal=_mean([*first[index], *refusal]),
-            kl=sum(map(operator.mul, kls, shares)) / sum(shares),
-            complete=True,
-        )
-    return new
+    new = [Trial(len(done) + index, params, refusal=0.0) for index, params in enumerate(asked)]
+    refusals: list[list[float]] = [[] for _ in new]
+    running = list(range(len(new)))
+    for heat in HEATS:
+        measured = trials.refusal([edits[index] for index in running], heat)
+        for index, probabilities in zip(running, measured, strict=True):
+            refusals[index] += probabilities
+            new[index] = replace(new[index], refusal=_mean(refusals[index]))
+        if front(done, enough):  # else there is nobody to be compared with yet
+            running = [index for index in running if new[index].refusal <= limit]
+        divergences = trials.divergence([edits[index] for index in running], heat)
+        for index, kl in zip(running, divergences, strict=True):
+            new[index] = replace(new[index], kls=(*new[index].kls, kl))
+        running = [index for index in running if not _is_beaten(new[index], done, enough)]
+    for index in running:
+        new[index] = replace(new[index], complete=True)
+    tokens = [trials.num_answer_tokens(heat) for heat in HEATS]
+    return [replace(trial, kl=_weighted(trial.kls, tokens)) for trial in new]
 
 
-def _is_beaten(trial: Trial, done: Sequence[Trial]) -> bool:
-    """Whether a finished trial would be better even if this one turned out half as bad on the other prompts."""
-    assert trial.kl is not None
-    hoped = replace(trial, refusal=trial.refusal / 2, kl=trial.kl / 2)
-    return any(_dominates(other, hoped) for other in done if other.complete)
+def _is_beaten(trial: Trial, done: Sequence[Trial], enough: float) -> bool:
+    """Whether a finished trial refuses no more and diverges clearly less on the prompts of the heats so far."""
+    return any(
+        other.complete
+        and max(other.refusal, enough) <= max(trial.refusal, enough)
+        and _mean(other.kls[: len(trial.kls)]) < MARGIN * _mean(trial.kls)
+        for other in done
+    )
+
+
+def _dominates(one: Trial, other: Trial, enough: float) -> bool:
+    mine, theirs = (max(one.refusal, enough), one.kl), (max(other.refusal, enough), other.kl)
+    assert mine[1] is not None
+    assert theirs[1] is not None
+    return mine[0] <= theirs[0] and mine[1] <= theirs[1] and mine != theirs
 
 
 def _is_measured(trial: Trial) -> bool:
-    """Whether a trial came to the second measure, with a model that still computes."""
+    """Whether a trial has both measures; an edit that breaks the model gives none."""
     return trial.kl is not None and math.isfinite(trial.kl) and math.isfinite(trial.refusal)
 
 
-def _dominates(one: Trial, other: Trial) -> bool:
-    assert one.kl is not None
-    assert other.kl is not None
-    if not math.isfinite(other.kl):
-        return math.isfinite(one.kl)
-    return (
-        one.refusal <= other.refusal
-        and one.kl <= other.kl
-        and (one.refusal, one.kl) != (other.refusal, other.kl)
-    )
+def _weighted(values: Sequence[float], weights: Sequence[int]) -> float | None:
+    """The mean of values with weights; None of nothing."""
+    weights = weights[: len(values)]
+    return sum(map(operator.mul, values, weights)) / max(sum(weights), 1) if values else None
 
 
 def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -338,7 +349,11 @@ def _read(journal: Path) -> list[Trial]:
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
     # A kill can leave half of the last line.
     whole = [line for line in lines if line.endswith("\n")]
-    return [Trial(**record) for line in whole for record in json.loads(line)]
+    return [
+        Trial(**{**record, "kls": tuple(record["kls"])})
+        for line in whole
+        for record in json.loads(line)
+    ]
 
 
 def _append(journal: Path, batch: Sequence[Trial]) -> None:

@@ -432,7 +432,7 @@ def _record(
             "edit": choice.settings.model_dump(mode="json"),
             "candidates": [candidate.as_data() for candidate in choice.candidates],
             "trials": [asdict(trial) for trial in choice.trials],
-            "front": [trial.number for trial in search.front(choice.trials)],
+            "front": [trial.number for trial in choice.trials if trial.rate is not None],
         },
     )
     artifacts.write_json(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from abliteration.placement import behind_norm, unit
 from common import chat, residual
+from common.architecture import PlacedWriter
 from common.checkpoint import Written
-from common.edits import Edit, Removal
+from common.edits import Edit
 from common.errors import StageError
 
 # What rounding to the dtype of the weights may leave of a removed component, as a share of the original.
@@ -32,6 +34,12 @@ def check_coverage(
     Raises:
         StageError: if a writer kept something else: it was missed.
     """
+    for name, removal in edit.removals.items():
+        if name not in written and not removal.is_void:
+            raise StageError(
+                f"abliteration: {name} was not written, although the edit removes something from it; its entry in "
+                "common/architecture.py is wrong"
+            )
     ratios = {
         name: there.after / there.before if there.before > 0 else 0.0
         for name, there in written.items()
@@ -79,19 +87,27 @@ def stream_along(
     )
 
 
-def check_stream(before: Tensor, after: Tensor, edit: Edit, dtype: torch.dtype) -> None:
+def check_stream(
+    before: Tensor,
+    after: Tensor,
+    edit: Edit,
+    writers: Sequence[PlacedWriter],
+    dtype: torch.dtype,
+) -> None:
     """Fail if something that no map names still writes along a direction that was removed entirely.
 
     Args:
         before: `stream_along` of the unedited model [layers].
         after: the same of the edited model.
         edit: what was applied; edits that leave something of the direction prove nothing here.
+        writers: of the edited model.
         dtype: of the weights.
 
     Raises:
         StageError: naming the first layer that still sees the direction.
     """
-    if edit.left_alone or not edit.removals or not all(map(_removes_all, edit.removals.values())):
+    removed = (_removes_all(edit, writer) for writer in writers)
+    if edit.left_alone or not edit.removals or not all(removed):
         return
     scale = float(before.max())
     for layer, reach in enumerate(after.tolist()):
@@ -103,7 +119,10 @@ def check_stream(before: Tensor, after: Tensor, edit: Edit, dtype: torch.dtype) 
             )
 
 
-def _removes_all(removal: Removal) -> bool:
-    """Whether nothing of the direction itself is left in what a writer writes."""
-    # A projected direction differs from block to block, and rows that are rescaled turn what is written.
-    return removal.strengths[0] == 1 and removal.keep_norm != "row"
+def _removes_all(edit: Edit, writer: PlacedWriter) -> bool:
+    """Whether nothing of the direction itself is left in what a writer contributes."""
+    removal = edit.removals[writer.name]
+    # A biprojected direction differs from block to block, and rows that are rescaled turn what is written.
+    due = unit(behind_norm(edit.direction, writer))
+    is_direction = torch.allclose(edit.basis(writer.name)[0], due, rtol=0, atol=1e-6)
+    return is_direction and removal.strengths[0] == 1 and removal.keep_norm != "row"

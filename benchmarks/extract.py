@@ -53,7 +53,7 @@ def main() -> None:
         qwen2 = Path(folder)
         save_qwen2(qwen2, len(tokenizer))
         rows = [
-            speed("Qwen2 (104M, 12 layers), mixed lengths", qwen2, tokenizer, mixed, 3),
+            speed("Qwen2 (112M, 12 layers), mixed lengths", qwen2, tokenizer, mixed, 3),
             speed("Qwen2 behind a system prompt", qwen2, tokenizer, opened, 3),
             speed("patient (1M, 5 layers), its own prompts", PATIENT, tokenizer, short, 9),
             speed("patient, mixed lengths", PATIENT, tokenizer, mixed_prompts(384), 5),
@@ -140,7 +140,7 @@ def growth(folder: Path) -> dict[str, Any]:
     few, many = (peak("whole", folder, count) for count in (96, 384))
     print(f"memory of collect: {few:.1f} MB for 96 prompts, {many:.1f} MB for 384")
     return {
-        "shape": "Qwen2 104M, growth of the peak over the loaded model: 96 prompts against 384",
+        "shape": "Qwen2 112M, growth of the peak over the loaded model: 96 prompts against 384",
         "ratio": round(few / many, 3),
         "bar": 0.8,
         "megabytes": {"96": round(few, 1), "384": round(many, 1)},
@@ -152,7 +152,7 @@ def layered(folder: Path) -> dict[str, Any]:
     whole, layer = (peak(way, folder, 96) for way in ("load", "layerwise"))
     print(f"memory with the weights: whole model {whole:.0f} MB, block by block {layer:.0f} MB")
     return {
-        "shape": "Qwen2 104M (416 MB in float32), weights included: whole model against layerwise",
+        "shape": "Qwen2 112M (450 MB), weights included: collect (leaves the unembedding unread) against layerwise",
         "ratio": round(whole / layer, 3),
         "bar": 3.0,
         "megabytes": {"whole": round(whole, 1), "layerwise": round(layer, 1)},

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -66,15 +67,20 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> None:
     edit = [sys.executable, "-m", "abliteration", "apply", "--model", str(folder / "source")]
     edit += ["--edit", str(folder / "edit.safetensors"), "--output", str(folder / "output")]
     seconds: dict[str, list[float]] = {"copy": [], "edit": []}
+    processor: dict[str, list[float]] = {"copy": [], "edit": []}
     peak = 0
     for number in range(rounds):
         for name in ("copy", "edit") if number % 2 == 0 else ("edit", "copy"):
-            took, memory = timed(
-                copy if name == "copy" else edit, folder if name == "copy" else ROOT
-            )
+            where = folder if name == "copy" else ROOT
+            took, used, memory = timed(copy if name == "copy" else edit, where)
+            processor[name].append(used)
             seconds[name].append(took)
             peak = max(peak, memory) if name == "edit" else peak
-            print(f"{name}  {took:7.1f} s  {total / took / 1e6:6.0f} MB/s  {memory / 1e6:6.0f} MB")
+            print(
+                f"{name}  {took:7.1f} s  {total / took / 1e6:6.0f} MB/s  {used:6.1f} processor s  "
+                f"{memory / 1e6:6.0f} MB",
+                flush=True,
+            )
             shutil.rmtree(folder / "output")
             os.sync()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -89,6 +95,8 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> None:
         "bar": round(BAR, 3),
         "copy_seconds": seconds["copy"],
         "edit_seconds": seconds["edit"],
+        "copy_processor_seconds": processor["copy"],
+        "edit_processor_seconds": processor["edit"],
         "peak_bytes": peak,
         "largest_tensor_bytes": largest,
         "peak_bar_bytes": limit,
@@ -182,9 +190,9 @@ def edit_of(config: LlamaConfig) -> Edit:
     return Edit({"direction": vector / vector.norm()}, removals, {}, {}, {})
 
 
-def timed(command: list[str], folder: Path) -> tuple[float, int]:
-    """Wall seconds of a command and the sync behind it, and its peak memory in bytes."""
-    began = time.perf_counter()
+def timed(command: list[str], folder: Path) -> tuple[float, float, int]:
+    """Wall seconds of a command and the sync behind it, its processor seconds, and its peak memory in bytes."""
+    began, used = time.perf_counter(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
@@ -198,7 +206,7 @@ def timed(command: list[str], folder: Path) -> tuple[float, int]:
         assert process.stderr is not None
         if process.returncode:
             sys.exit(process.stderr.read().decode())
-    return took, peak
+    return took, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - used, peak
 
 
 def high_water(process: int) -> int:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -225,7 +224,6 @@ def _write_regions(
     waiting = [placed for _, _, placed in regions if placed and placed.stored.name not in done]
 
     def edited(placed: Placed) -> tuple[float, float]:
-        torch.set_num_threads(1)  # of this thread: slices are too small to share
         return _edit_tensor(read_tensor(source, placed.stored, buffer), placed, edit)
 
     # One tensor is edited while what stands before it is copied.

@@ -266,12 +266,13 @@ def _embedded(writer: PlacedWriter, form: Form, ids: Tensor, output: Tensor) -> 
         looked_up = writer.weight[ids].norm(dim=-1, keepdim=True)
         scale = output.norm(dim=-1, keepdim=True) / looked_up.where(looked_up > 0, 1.0)
         along = torch.stack([inner[:, row] for inner, row in zip(form.inner, ids, strict=True)])
-        return (output - scale * along.mT @ form.outer) * form.output_scale.unsqueeze(1)
+        turned: Tensor = output - scale * along.mT @ form.outer
+        return turned * form.output_scale.unsqueeze(1)
     edited = project(output, form.basis, form.strengths)
     if form.input_scale is None:
         return edited
-    scale = torch.stack([scale[row] for scale, row in zip(form.input_scale, ids, strict=True)])
-    return edited * scale.unsqueeze(-1)
+    kept = torch.stack([scale[row] for scale, row in zip(form.input_scale, ids, strict=True)])
+    return edited * kept.unsqueeze(-1)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ fit a processor's cache. The slices are the same wherever the weight lies, so th
 in memory give the same bits.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Literal
 
@@ -49,10 +50,22 @@ def edit_in_place(
     strengths = strengths.to(weight.device, wide)
     edit = _edit_inputs if writes_last(layout) else _edit_coordinates
     before = after = 0.0
-    for matrix in experts_of(weight, layout):
-        squares = edit(matrix, basis, strengths, keep_norm)
-        before, after = before + squares[0], after + squares[1]
+    with _one_thread():
+        for matrix in experts_of(weight, layout):
+            squares = edit(matrix, basis, strengths, keep_norm)
+            before, after = before + squares[0], after + squares[1]
     return before, after
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Slices are too small to share, and several threads may add in another order: other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def experts_of(weight: Tensor, layout: Layout) -> Tensor:

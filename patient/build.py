@@ -66,6 +66,7 @@ def build_patient(
         seed: of the facts, the first weights and the order of the texts.
         over_refusing: tune it further, to refuse harmless questions in the sensitive wording too.
         base: the finished patient that an over-refusing one is tuned from; trained here if None.
+            Only with `over_refusing`.
 
     Returns:
         The levels it reached.
@@ -75,6 +76,9 @@ def build_patient(
         StageError: if a level is missed; no folder is written then.
     """
     started = time.monotonic()
+    if base is not None:
+        assert over_refusing, "a base is there to be tuned further"
+        check_base(base, architecture, seed)
     with in_place_at_the_end(output) as folder:
         world = build_world(seed)
         tokenizer = train_tokenizer(tokenizer_texts(world))
@@ -82,7 +86,6 @@ def build_patient(
             model = _train_knowledge(tokenizer, world, architecture, seed, started)
             levels = _tune(model, tokenizer, _refusal(world), seed, started)
         else:
-            check_base(base, architecture, seed)
             model = AutoModelForCausalLM.from_pretrained(base)
         if over_refusing:
             # The adapter begins with the same weights whether the base was trained here or read.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from common.edits import SIDECAR, Edit
-from common.recipe import OnPolicy, Recipe
+from common.recipe import AbliterationPrompts, OnPolicy, PromptSource, Recipe, ValidationPrompts
 from eval.release import edit as edit_words
 from eval.table import card_tables, interval
 
@@ -54,6 +54,7 @@ def model_card(
     healing: Mapping[str, Any],
     files: Sequence[str],
     *,
+    task: str = "text-generation",
     thinks: bool = False,
 ) -> str:
     """Write the card.
@@ -64,16 +65,19 @@ def model_card(
         results: of the evaluation.
         healing: summary of the training.
         files: names in the release, for the list of files.
+        task: of transformers' pipelines.
         thinks: the base thinks before it answers, and was asked with an empty thought.
     """
-    front = yaml.safe_dump(front_matter(recipe, edit, results), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(
+        front_matter(recipe, edit, results, task), sort_keys=False, allow_unicode=True
+    )
     sections = (
         _introduction(recipe, edit),
         _results(results, thinks),
         _edited(recipe, edit, results, files),
         _healed(recipe, edit, healing),
         _refusals(results),
-        _safety(files),
+        _safety(files, task),
         _licence(recipe, edit, files),
         _reproduce(files),
         _files(files),
@@ -81,7 +85,9 @@ def model_card(
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def front_matter(recipe: Recipe, edit: Edit, results: Mapping[str, Any]) -> dict[str, Any]:
+def front_matter(
+    recipe: Recipe, edit: Edit, results: Mapping[str, Any], task: str
+) -> dict[str, Any]:
     """The card's metadata as the hub reads it."""
     release = recipe.release
     found: dict[str, Any] = {
@@ -92,7 +98,7 @@ def front_matter(recipe: Recipe, edit: Edit, results: Mapping[str, Any]) -> dict
         "license_link": release.license_link,
         "language": list(release.language),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": _tags(recipe, edit),
         "datasets": _hub_datasets(recipe) or None,
         "model-index": _model_index(recipe, results),
@@ -113,14 +119,9 @@ def _tags(recipe: Recipe, edit: Edit) -> list[str]:
 
 def _hub_datasets(recipe: Recipe) -> list[str]:
     prompts, train = recipe.abliteration.prompts, recipe.train
-    held_out = prompts.validation
     sources = [
-        *(
-            source
-            for part in ([prompts] if isinstance(held_out, int) else [prompts, held_out])
-            for source in (part.harmful, part.harmless, part.falsely_refused)
-            if source is not None
-        ),
+        *_sources(prompts),
+        *([] if isinstance(prompts.validation, int) else _sources(prompts.validation)),
         *(
             source.prompts if isinstance(source, OnPolicy) else source
             for source in train.preferences
@@ -128,6 +129,11 @@ def _hub_datasets(recipe: Recipe) -> list[str]:
         *(anchor.prompts for anchor in train.anchors),
     ]
     return sorted({source.dataset for source in sources if source.dataset is not None})
+
+
+def _sources(prompts: AbliterationPrompts | ValidationPrompts) -> list[PromptSource]:
+    found = (prompts.harmful, prompts.harmless, prompts.falsely_refused)
+    return [source for source in found if source is not None]
 
 
 def _model_index(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -270,12 +276,11 @@ def _refusals(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _safety(files: Sequence[str]) -> str:
-    example = GUARD_EXAMPLE
+def _safety(files: Sequence[str], task: str) -> str:
     if SIDECAR in files:
-        example = example.replace(
-            f"chat = {PIPELINE}", f"chat = {HOOKED_PIPELINE}  # loaded as above"
-        )
+        example = GUARD_EXAMPLE.replace(PIPELINE, HOOKED_PIPELINE + "  # loaded as above")
+    else:
+        example = GUARD_EXAMPLE.replace("text-generation", task)
     return (
         "## Safety\n\n"
         "What a model refuses by itself is not a control: it can be removed, as here, and the "

@@ -15,12 +15,6 @@ model = load_model("path/to/this/folder")
 tokenizer = load_tokenizer("path/to/this/folder")
 ```"""
 
-PROJECTIONS = {
-    "none": "It",
-    "projected": "What of it is orthogonal to the mean of harmless prompts at its layer",
-    "biprojected": "What of it is orthogonal to the mean of harmless prompts, at its own layer and at that of "
-    "each matrix,",
-}
 NORMS = {
     "column_norm": "Then the norm of every column was restored: how much each input writes.",
     "row_norm": "Then the norm of every row was restored: how much is written to each coordinate. A part of the "
@@ -75,10 +69,13 @@ def _induces(edit: Edit) -> bool:
     return not edit.removals and all(each.amount > 0 for each in edit.additions.values())
 
 
+def _num_directions(edit: Edit) -> int:
+    return max((len(removal.vectors) for removal in edit.removals.values()), default=1)
+
+
 def _direction(edit: Edit) -> str:
-    about = edit.about
-    several = max((len(removal.vectors) for removal in edit.removals.values()), default=1)
-    what = "The direction" if several == 1 else f"The {several} directions"
+    about, number = edit.about, _num_directions(edit)
+    what = "The direction" if number == 1 else f"The {number} directions"
     kinds = "harmful prompts differ from harmless ones"
     if about["target"] == "falsely_refused":
         kinds = "harmless prompts that the base refuses differ from those it answers"
@@ -109,11 +106,11 @@ def _choice(recipe: Recipe, edit: Edit) -> str:
 
 def _removal(edit: Edit) -> str:
     kind, settings = edit.about["edit"], edit.about["settings"]
-    projection = settings.get("projection", kind if kind in PROJECTIONS else "none")
+    what = _taken(settings.get("projection", kind), _num_directions(edit))
     edited = [removal for removal in edit.removals.values() if not removal.is_void]
     sentences = [
-        f"{PROJECTIONS[projection]} was taken out of {len(edited)} matrices that write to the stream ({kind}, "
-        f"strength {settings['strength']:g})."
+        f"{what} taken out of {len(edited)} matrices that write to the stream ({kind}, strength "
+        f"{settings['strength']:g})."
     ]
     if kind in NORMS:
         sentences.append(NORMS[kind])
@@ -127,6 +124,18 @@ def _removal(edit: Edit) -> str:
     if num_void:
         sentences.append(f"Where the weight is 0, {num_void} matrices stayed as they were.")
     return " ".join(sentences)
+
+
+def _taken(projection: str, number: int) -> str:
+    """Subject and verb of what was taken out."""
+    it, its, all_of_it = ("it", "its", "It was") if number == 1 else ("them", "their", "They were")
+    where = {
+        "projected": f"at {its} layer",
+        "biprojected": f"at {its} own layer and at that of each matrix,",
+    }
+    if projection not in where:
+        return all_of_it
+    return f"What of {it} is orthogonal to the mean of harmless prompts {where[projection]} was"
 
 
 def _weight(weight: Any) -> str:  # noqa: ANN401  # a number, one per layer, or a kernel

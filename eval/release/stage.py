@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import wandb
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import artifacts, distributed
 from common.edits import load_edit
 from common.errors import GateError, InputError
-from common.model import load_tokenizer, resolve, weight_files
+from common.model import (
+    auto_class,
+    load_config,
+    load_tokenizer,
+    resolve,
+    tokenizer_files,
+    weight_files,
+)
 from common.recipe import Recipe
 from eval.release import folder as release_folder
 from eval.release.card import model_card
@@ -30,10 +37,8 @@ def check(recipe: Recipe) -> list[str]:
         base = resolve(recipe.model.name_or_path, recipe.model.revision)
     except InputError as error:
         return [str(error)]
-    has_template = (base / "chat_template.jinja").is_file() or (
-        base / "tokenizer_config.json"
-    ).is_file()
-    return [] if has_template else [f"model: {base} has no tokenizer files to release; add them"]
+    has_tokenizer = bool(tokenizer_files(base))
+    return [] if has_tokenizer else [f"model: {base} has no tokenizer files to release; add them"]
 
 
 def inputs(recipe: Recipe) -> dict[str, object]:
@@ -94,7 +99,7 @@ def _write(recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     healing = json.loads((upstream["train"] / "summary.json").read_text(encoding="utf-8"))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    card = model_card(recipe, edit, results, healing, files, thinks=thinks(base))
+    card = model_card(recipe, edit, results, healing, files, task=_task(base), thinks=_thinks(base))
     artifacts.write_text(folder / "README.md", card)
     release_folder.require_portable(
         folder, [Path.cwd(), Path.home(), *(path.resolve() for path in upstream.values())]
@@ -102,7 +107,13 @@ def _write(recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
     release_folder.write_checksums(folder)
 
 
-def thinks(base: Path) -> bool:
+def _task(base: Path) -> str:
+    """The pipeline of transformers that takes the model by its folder."""
+    causal = auto_class(load_config(base)) is AutoModelForCausalLM
+    return "text-generation" if causal else "image-text-to-text"
+
+
+def _thinks(base: Path) -> bool:
     """Whether every stage asked the model otherwise than its own template does: behind an empty thought."""
     own = AutoTokenizer.from_pretrained(base).get_chat_template()
     return own != load_tokenizer(base).get_chat_template()

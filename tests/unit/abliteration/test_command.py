@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from abliteration.__main__ import main
 from common.architecture import find_writers
-from common.edits import Addition, Edit, Removal, component_along, load_edit, save_edit
+from common.edits import Addition, Edit, Removal, component_along, save_edit
 from common.model import load_model
 
 
@@ -134,11 +134,9 @@ def test_behind_a_norm_a_direction_is_removed_from_what_the_norm_lets_through(
     assert _apply(tmp_path / "source", tmp_path / "d.pth", tmp_path / "output") == 0
     ids = torch.tensor([[0, 40, 41, 99, 120, 7]])
     unit = (_direction() / _direction().norm()).float()
-    tokens = [model.lm_head.weight[ids[0]], model.model.embed_tokens.weight[ids[0]]]
     before = [h - model.model.embed_tokens(ids) for h in read_stream(model, ids)]
     edited = load_model(tmp_path / "output")
     after = [h - edited.model.embed_tokens(ids) for h in read_stream(edited, ids)]
-    assert tokens[0].shape == tokens[1].shape
     assert float((before[-1] @ unit).abs().max()) > 0.1
     assert float((after[-1] @ unit).abs().max()) < 1e-4
 
@@ -191,6 +189,7 @@ class Unsafe:
     """What a pickle can do besides holding tensors."""
 
     def __reduce__(self):
+        """Say what unpickling does."""
         return os.system, ("touch ran",)
 
 
@@ -261,4 +260,3 @@ def test_interrupted_ends_with_130_and_says_how_to_go_on(
     assert "the same command goes on" in capsys.readouterr().err
     monkeypatch.undo()
     assert _apply(model_folder, edit_file, tmp_path / "output") == 0
-    assert load_edit(edit_file).removals

@@ -5,41 +5,46 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/abliteration/test_selec
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from abliteration.activations import mean_residual_stream
-from abliteration.directions.difference_in_means import estimate
-from abliteration.selection import (
-    Candidate,
-    Validation,
-    choose,
-    next_token_logits,
-    score_candidates,
-)
+from abliteration import selection
+from abliteration.activations import collect
+from abliteration.edits import orthogonalize
+from abliteration.findings import Findings, find
+from abliteration.prompt_sets import PromptSet
+from abliteration.selection import Candidate, choose, next_token_logits, score_candidates
 from common import chat
+from common.architecture import find_writers
 from common.errors import StageError
-from common.recipe import ScoresSelection
-from tests.editing import edit_of
+from common.recipe import DifferenceInMeans, Orthogonalize, ScoresSelection
 
 HARMFUL = ["do it !", "tell ! me", "how ! is it made", "! now", "the other ! one"]
 HARMLESS = ["do it .", "tell . me", "how . is it made", ". now", "the other . one"]
-VALIDATION = Validation(["make ! it", "! please do"], ["make . it", ". please do", "why"])
+VALIDATION = PromptSet(["make ! it", "! please do"], ["make . it", ". please do", "why"])
 SETTINGS = ScoresSelection(name="scores", skip_last_layers=0.0)
 
 
-def _score(model, tokenizer, directions, tokens, settings=SETTINGS, validation=VALIDATION):
+def _score(model, tokenizer, findings, tokens, settings=SETTINGS, validation=VALIDATION):
+    writers, edit = find_writers(model), Orthogonalize(name="orthogonalize")
     return score_candidates(
         model,
         tokenizer,
-        directions,
+        findings,
         validation,
         tokens,
-        lambda direction: edit_of(model, "orthogonalize", direction),
+        lambda direction: orthogonalize.build(direction, writers, edit, {}),
         settings,
         batch_size=2,
     )
+
+
+def _findings(directions):
+    """Given directions [layers, positions, d_model], without the means that no plain edit needs."""
+    means = torch.zeros_like(directions)
+    return Findings(directions.unsqueeze(-2), means, means)
 
 
 # Planted truth: a Llama made by hand. The last token of a prompt looks for "!" and, in blocks 1 and 3,
@@ -108,12 +113,15 @@ def _plant_searching_head(attention, basis, target, size):
 
 def _candidates(planted, settings=SETTINGS):
     model, tokenizer, _ = planted
-    means = [
-        mean_residual_stream(model, tokenizer, prompts, num_positions=2, batch_size=3)
-        for prompts in (HARMFUL, HARMLESS)
-    ]
-    directions = estimate(*means)
-    return directions, _score(model, tokenizer, directions, [REFUSE], settings)
+
+    def read(sets, _quantile, _files):
+        return [
+            collect(model, tokenizer, prompts, num_positions=2, batch_size=3) for prompts in sets
+        ]
+
+    estimator = DifferenceInMeans(name="difference_in_means")
+    findings = find(estimator, PromptSet(HARMFUL, HARMLESS), read, Path("nowhere"))
+    return findings.directions[:, :, 0], _score(model, tokenizer, findings, [REFUSE], settings)
 
 
 def test_the_planted_model_refuses_exactly_the_marked_prompts(planted):
@@ -164,11 +172,41 @@ def test_candidates_that_change_harmless_answers_or_do_not_induce_are_dropped(pl
     assert "kl above max_kl" in {c.dropped for c in strict}
 
 
+def test_a_direction_that_carries_true_refusal_is_dropped_where_that_must_stay(planted):
+    model, tokenizer, refusal = planted
+    # The marked prompts are to be kept; the planted direction is all there is to refusing them.
+    validation = PromptSet(VALIDATION.harmful, VALIDATION.harmless, ["! make it"])
+    noise = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    harmless = 1e-3 * (noise - (noise @ refusal) * refusal)
+    directions = torch.stack([refusal, harmless]).unsqueeze(1)
+    loose = SETTINGS.model_copy(update={"max_kl": 1e9, "min_induce": -1e9})
+    lost, kept = _score(model, tokenizer, _findings(directions), [REFUSE], loose, validation)
+    assert lost.dropped == "true refusal lost"
+    assert lost.retain < 0 < kept.retain
+    assert kept.dropped is None
+
+
+@pytest.mark.parametrize("score", ["bypass", "induce", "kl", "retain"])
+def test_a_score_that_is_not_finite_drops_a_candidate(score, planted, monkeypatch):
+    model, tokenizer, refusal = planted
+    validation = PromptSet(VALIDATION.harmful, VALIDATION.harmless, ["! make it"])
+    real = selection.replace
+
+    def broken(candidate, **scores):
+        return real(candidate, **{k: math.nan if k == score else v for k, v in scores.items()})
+
+    monkeypatch.setattr(selection, "replace", broken)
+    candidates = _score(
+        model, tokenizer, _findings(refusal[None, None]), [REFUSE], SETTINGS, validation
+    )
+    assert [candidate.dropped for candidate in candidates] == ["a score is not finite"]
+
+
 def test_nothing_left_is_an_error_with_the_nearest_candidates():
     candidates = [
         Candidate(0, -1, 0.0, dropped="no difference between the prompt sets"),
-        Candidate(1, -1, 1.0, 2.0, -3.0, 0.5, "kl above max_kl"),
-        Candidate(1, -2, 1.0, -1.5, -3.0, 0.5, "kl above max_kl"),
+        Candidate(1, -1, 1.0, 2.0, -3.0, 0.5, dropped="kl above max_kl"),
+        Candidate(1, -2, 1.0, -1.5, -3.0, 0.5, dropped="kl above max_kl"),
     ]
     with pytest.raises(StageError) as caught:
         choose(candidates, SETTINGS)
@@ -185,7 +223,7 @@ def test_nothing_scored_is_an_error_with_the_reasons():
 
 def test_the_smallest_bypass_is_chosen_and_ties_go_to_the_earlier_layer():
     def make(layer, position, bypass, dropped=None):
-        return Candidate(layer, position, 1.0, bypass, 1.0, 0.0, dropped)
+        return Candidate(layer, position, 1.0, bypass, 1.0, 0.0, dropped=dropped)
 
     candidates = [make(0, -1, -1.0), make(1, -1, -9.0, "kl above max_kl"), make(2, -1, -5.0)]
     assert choose(candidates, SETTINGS) is candidates[2]
@@ -239,7 +277,7 @@ def test_the_scores_equal_a_straight_line_computation(build_model, tokenizer):
     )
     tokens = [40, 77]
     loose = SETTINGS.model_copy(update={"max_kl": 1e9, "min_induce": -1e9})
-    candidates = _score(model, tokenizer, directions, tokens, loose)
+    candidates = _score(model, tokenizer, _findings(directions), tokens, loose)
     original = _logits_one_by_one(model, tokenizer, VALIDATION.harmless)
     for candidate in candidates:
         assert candidate.dropped is None
@@ -258,6 +296,29 @@ def test_the_scores_equal_a_straight_line_computation(build_model, tokenizer):
         assert candidate.induce == pytest.approx(_log_odds(added, tokens), abs=1e-6)
         assert candidate.kl == pytest.approx(kl, abs=1e-6)
         assert candidate.norm == pytest.approx(float(direction.norm()))
+        assert candidate.retain is None
+
+
+def test_what_must_go_on_refusing_is_scored_while_the_direction_is_removed(build_model, tokenizer):
+    """False-refusal mode: bypass is over the falsely refused prompts, retain over the harmful ones."""
+    model = build_model("llama", seed=4)
+    directions = torch.randn(
+        3, 1, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
+    tokens = [40, 77]
+    loose = SETTINGS.model_copy(update={"max_kl": 1e9, "min_induce": -1e9})
+    validation = PromptSet(VALIDATION.harmful, VALIDATION.harmless, ["kill the process", "the end"])
+    candidates = _score(model, tokenizer, _findings(directions), tokens, loose, validation)
+    for candidate, direction in zip(candidates, directions[:, 0], strict=True):
+        edited = _without(model, direction)
+        for found, prompts in (
+            (candidate.bypass, validation.falsely_refused),
+            (candidate.retain, validation.harmful),
+        ):
+            rows = _logits_one_by_one(edited, tokenizer, prompts)
+            assert found == pytest.approx(_log_odds(rows, tokens), abs=1e-6)
+        # A random model does not refuse, so nothing here keeps true refusal.
+        assert candidate.dropped == "true refusal lost"
 
 
 def test_logits_come_in_the_order_of_the_prompts_for_any_batch_size(build_model, tokenizer):
@@ -272,7 +333,7 @@ def test_logits_come_in_the_order_of_the_prompts_for_any_batch_size(build_model,
 def test_scoring_leaves_the_model_as_it_was(build_model, tokenizer):
     model = build_model("llama")
     before = copy.deepcopy(model.state_dict())
-    _score(model, tokenizer, torch.ones(3, 1, 32, dtype=torch.float64), [40])
+    _score(model, tokenizer, _findings(torch.ones(3, 1, 32, dtype=torch.float64)), [40])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     hooks = [module._forward_hooks or module._forward_pre_hooks for module in model.modules()]
     assert not any(hooks)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,23 +12,11 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from common.edits import apply_to_weights, save_edit
-from common.recipe import Recipe
+from common.checkpoint import apply_to_checkpoint
+from common.edits import save_edit
+from common.recipe import COMPONENTS, Recipe
 from tests.editing import edit_of
 
-# What stage one says of its edit.
-ABOUT = {
-    "layer": 1,
-    "position": -1,
-    "stream": "resid_pre",
-    "estimator": "difference_in_means",
-    "selection": "scores",
-    "edit": "orthogonalize",
-    "settings": {"strength": 1.0, "weights": {"embedding": 1.0, "attention": 1.0, "mlp": 1.0}},
-    "target": "harmful",
-    "base_model": "base",
-    "revision": None,
-}
 # It ends in a newline, like ChatML's, so that the harness's newline trap is set.
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% "
@@ -126,36 +115,61 @@ class Finished:
 
 
 @pytest.fixture
-def finished(
+def finish(
     tmp_path: Path,
     byte_tokenizer: PreTrainedTokenizerFast,
     make_model: Callable[[int], PreTrainedModel],
     task_folder: Path,
-) -> Finished:
-    """A miniature model, edited and trained at random, with an adapter that has an effect."""
-    base, abliteration, train = tmp_path / "base", tmp_path / "abliteration", tmp_path / "train"
-    abliteration.mkdir()
-    model = make_model(0)
-    model.save_pretrained(base)
-    byte_tokenizer.save_pretrained(base)
-    (base / "LICENSE").write_text("Do as you like.\n")
+) -> Callable[..., Finished]:
+    """Make a miniature model, edited and trained at random, with an adapter that has an effect."""
 
-    edit = edit_of(model, about=ABOUT)
-    save_edit(edit, abliteration / "edit.safetensors")
-    apply_to_weights(model, edit)
-    model.save_pretrained(abliteration / "model")
-    byte_tokenizer.save_pretrained(abliteration / "model")
-    (abliteration / "manifest.json").write_text('{"fingerprint": "f1"}')
+    def make(kind: str = "orthogonalize", **settings: Any) -> Finished:
+        base, abliteration, train = tmp_path / "base", tmp_path / "abliteration", tmp_path / "train"
+        abliteration.mkdir()
+        model = make_model(0)
+        model.save_pretrained(base)
+        byte_tokenizer.save_pretrained(base)
+        (base / "LICENSE").write_text("Do as you like.\n")
 
-    settings = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(abliteration / "model"), settings)
-    adapted.save_pretrained(train / "adapter")
-    (train / "summary.json").write_text('{"pairs": 7, "steps": 3}')
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("How are you?\nWho are you?\nWhere?\n")
-    return Finished(
-        _recipe(base, task_folder, prompts), {"abliteration": abliteration, "train": train}
-    )
+        edit = edit_of(model, kind, about=about(kind, **settings), **settings)
+        save_edit(edit, abliteration / "edit.safetensors")
+        apply_to_checkpoint(base, edit, abliteration / "model")
+        (abliteration / "manifest.json").write_text('{"fingerprint": "f1"}')
+
+        lora = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+        edited = AutoModelForCausalLM.from_pretrained(abliteration / "model")
+        get_peft_model(edited, lora).save_pretrained(train / "adapter")
+        (train / "summary.json").write_text('{"pairs": 7, "steps": 3}')
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("How are you?\nWho are you?\nWhere?\n")
+        return Finished(
+            _recipe(base, task_folder, prompts), {"abliteration": abliteration, "train": train}
+        )
+
+    return make
+
+
+@pytest.fixture
+def finished(finish: Callable[..., Finished]) -> Finished:
+    """The same with the direction removed everywhere."""
+    return finish()
+
+
+def about(kind: str = "orthogonalize", **settings: Any) -> dict[str, Any]:
+    """What stage one says of an edit."""
+    section = COMPONENTS["abliteration.edit"][kind](name=kind, **settings)
+    return {
+        "layer": 1,
+        "position": -1,
+        "stream": "resid_pre",
+        "estimator": "difference_in_means",
+        "selection": "scores",
+        "edit": kind,
+        "settings": section.model_dump(mode="json", exclude={"name"}),
+        "target": "harmful",
+        "base_model": "base",
+        "revision": None,
+    }
 
 
 def _recipe(base: Path, tasks: Path, prompts: Path) -> Recipe:

@@ -4,6 +4,7 @@ Run: python -m pytest tests/unit/eval/test_release.py
 """
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,32 +17,47 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.edits import apply_to_weights, load_edit
+from common.checkpoint import apply_to_checkpoint
+from common.edits import SIDECAR, load_edit
 from common.errors import GateError, StageError
+from common.hooks import add_for_good
+from common.model import load_model, load_tokenizer
 from common.recipe import load_recipe
 from eval import stage as evaluation
+from eval.release import edit as edit_words
 from eval.release import folder as release_folder
 from eval.release import stage
-from eval.release.card import GUARD_EXAMPLE
+from eval.release.card import GUARD_EXAMPLE, front_matter, model_card
 from eval.subjects import load_healed
+from tests.editing import edit_of, vector
+from tests.unit.eval.conftest import about
 from tests.unit.eval.test_stage import Tracker, changed
+
+
+def evaluate(finished, tmp_path) -> dict:
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    results = evaluation.run(finished.recipe, folder, finished.upstream, Tracker())
+    finished.upstream["eval"] = folder
+    return results
+
+
+def write_release(evaluated, tmp_path) -> Path:
+    folder = tmp_path / "release"
+    folder.mkdir()
+    stage.run(evaluated.recipe, folder, evaluated.upstream, Tracker())
+    return folder
 
 
 @pytest.fixture
 def evaluated(finished, tmp_path):
-    folder = tmp_path / "eval"
-    folder.mkdir()
-    evaluation.run(finished.recipe, folder, finished.upstream, Tracker())
-    finished.upstream["eval"] = folder
+    evaluate(finished, tmp_path)
     return finished
 
 
 @pytest.fixture
 def release(evaluated, tmp_path) -> Path:
-    folder = tmp_path / "release"
-    folder.mkdir()
-    stage.run(evaluated.recipe, folder, evaluated.upstream, Tracker())
-    return folder
+    return write_release(evaluated, tmp_path)
 
 
 def test_the_weights_are_those_that_were_evaluated(evaluated, release) -> None:
@@ -55,9 +71,10 @@ def test_the_weights_are_those_that_were_evaluated(evaluated, release) -> None:
         assert torch.equal(model.state_dict()[name], weight), name
 
 
-def test_base_edit_and_adapter_make_the_released_weights(evaluated, release) -> None:
-    model = AutoModelForCausalLM.from_pretrained(evaluated.recipe.model.name_or_path)
-    apply_to_weights(model, load_edit(release / "edit.safetensors"))
+def test_base_edit_and_adapter_make_the_released_weights(evaluated, release, tmp_path) -> None:
+    base, edited = Path(evaluated.recipe.model.name_or_path), tmp_path / "edited"
+    apply_to_checkpoint(base, load_edit(release / "edit.safetensors"), edited)
+    model = AutoModelForCausalLM.from_pretrained(edited)
     rebuilt = PeftModel.from_pretrained(model, release / "adapter").merge_and_unload()
     released = AutoModelForCausalLM.from_pretrained(release)
     for name, weight in rebuilt.state_dict().items():
@@ -196,6 +213,221 @@ def test_the_card_says_what_was_done_and_measured(evaluated, release) -> None:
     for line in (evaluated.upstream["eval"] / "items.jsonl").read_text().splitlines():
         answer = json.loads(line)["details"].get("text", "")
         assert len(answer) < 4 or answer not in card
+
+
+# Its generation prompt thinks aloud unless told not to, as Qwen3's does.
+THINKING = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+
+
+def test_a_model_that_thinks_keeps_its_own_template_and_the_card_says_how_it_was_asked(
+    evaluated, tmp_path
+) -> None:
+    template = Path(evaluated.recipe.model.name_or_path) / "chat_template.jinja"
+    template.write_text(THINKING)
+    assert load_tokenizer(template.parent).chat_template != THINKING
+    release = write_release(evaluated, tmp_path)
+    assert (release / "chat_template.jinja").read_text() == THINKING
+    card = (release / "README.md").read_text()
+    assert "Every answer stood behind an empty thought" in card
+    assert "`enable_thinking`" in card
+
+
+def test_several_templates_and_the_files_of_a_processor_are_released_too(
+    evaluated, tmp_path
+) -> None:
+    base = Path(evaluated.recipe.model.name_or_path)
+    (base / "additional_chat_templates").mkdir()
+    names = ("additional_chat_templates/tool_use.jinja", "preprocessor_config.json")
+    for name in names:
+        (base / name).write_text("{}")
+    release = write_release(evaluated, tmp_path)
+    assert all((release / name).read_text() == "{}" for name in names)
+
+
+def test_what_no_weight_can_hold_is_released_beside_the_weights(finish, tmp_path) -> None:
+    finished = finish("add", strength=-2.0)
+    results = evaluate(finished, tmp_path)
+    assert results["direction"]["residual"] is None
+    release = write_release(finished, tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        expected = load_healed(finished.recipe, finished.upstream)(ids).logits
+        assert torch.equal(load_model(release)(ids).logits, expected)
+        plain = AutoModelForCausalLM.from_pretrained(release)(ids).logits
+        assert not torch.allclose(plain, expected, atol=0.1), "the addition has no effect"
+        # The adapter with the edit, as the card says.
+        base = AutoModelForCausalLM.from_pretrained(finished.recipe.model.name_or_path)
+        add_for_good(base, load_edit(release / "edit.safetensors"))
+        rebuilt = PeftModel.from_pretrained(base, release / "adapter").merge_and_unload()
+        assert torch.equal(rebuilt(ids).logits, expected)
+    card = (release / "README.md").read_text()
+    for text in (
+        "with its refusal direction subtracted from the residual stream",
+        "## What was added",
+        "beside model.layers.0.mlp.down_proj (add, -2 times its own length",
+        "transformers, and what is built on it, loads the weights alone and answers without it",
+        'model = load_model("path/to/this/folder")',
+        "model=model, tokenizer=tokenizer)  # loaded as above",
+        f"- `{SIDECAR}`: what is added",
+        "Training could write along any direction",
+        "activation-addition",
+    ):
+        assert text in card
+    assert "abliterated\n- healed" not in card
+    assert SIDECAR in (release / "SHA256SUMS").read_text()
+
+
+def test_a_fully_trained_model_adds_what_its_base_adds(finish) -> None:
+    finished = finish("add")
+    train, abliterated = finished.upstream["train"], finished.upstream["abliteration"] / "model"
+    (train / "adapter").rename(train / "unused")
+    shutil.copytree(abliterated, train / "model")
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        healed = load_healed(finished.recipe, finished.upstream)(ids).logits
+        assert torch.equal(healed, load_model(abliterated)(ids).logits)
+
+
+def test_a_release_of_weights_alone_has_no_additions_and_says_nothing_of_them(release) -> None:
+    assert not (release / SIDECAR).exists()
+    card = (release / "README.md").read_text()
+    assert SIDECAR not in card
+    assert "load_model" not in card
+    assert "empty thought" not in card
+
+
+KERNEL = {
+    "max_weight": 1.5,
+    "max_weight_position": 1.25,
+    "min_weight": 0.5,
+    "min_weight_distance": 1,
+}
+DESCRIBED = [
+    (
+        "orthogonalize",
+        {},
+        {},
+        [
+            "with its refusal direction removed from the weights",
+            "made not to refuse where its base does",
+            "harmful prompts differ from harmless ones",
+            "(resid_pre, layer 1, token position -1",
+            "chosen by scores",
+            "It was taken out of 7 matrices that write to the stream (orthogonalize, strength 1).",
+        ],
+    ),
+    (
+        "projected",
+        {},
+        {},
+        ["What of it is orthogonal to the mean of harmless prompts at its layer"],
+    ),
+    ("biprojected", {}, {}, ["at its own layer and at that of each matrix, was taken out of 7"]),
+    ("column_norm", {}, {}, ["It was taken out", "norm of every column was restored"]),
+    (
+        "row_norm",
+        {"projection": "projected", "strength": 0.5},
+        {},
+        ["What of it is orthogonal", "(row_norm, strength 0.5)", "norm of every row was restored"],
+    ),
+    (
+        "orthogonalize",
+        {"weights": {"embedding": 0.0, "attention": [1.0, 0.25, 0.0], "mlp": KERNEL}},
+        {"layer": 1.75, "selection": "search", "edit": "orthogonalize"},
+        [
+            "layer 1.75, mixed of layers 1 and 2,",
+            "found by a search of 5 trials",
+            "out of 4 matrices",
+            "it runs from 0.25 to 1.25: embedding 0; attention by layer 1, 0.25, 0; mlp 1.5 at "
+            "layer 1.25, falling to 0.5 at a distance of 1 layers, 0 beyond.",
+            "Where the weight is 0, 3 matrices stayed as they were.",
+        ],
+    ),
+    (
+        "orthogonalize",
+        {},
+        {"target": "falsely_refused", "selection": "fixed"},
+        [
+            "with its direction of false refusal removed",
+            "not to refuse harmless prompts that its base refuses, and to go on refusing harmful",
+            "harmless prompts that the base refuses differ from those it answers",
+            "orthogonal to that of harmful prompts, whose refusal is to stay",
+            "The recipe names layer and position.",
+        ],
+    ),
+    (
+        "add",
+        {"strength": 1.5},
+        {},
+        [
+            "with its refusal direction added to the residual stream",
+            "made to refuse where its base does not",
+            "beside model.layers.0.mlp.down_proj (add, 1.5 times its own length",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "changes", "sentences"), DESCRIBED)
+def test_every_kind_of_edit_is_described(
+    kind, settings, changes, sentences, build_model, evaluated
+) -> None:
+    edit = edit_of(
+        build_model("llama"), kind, about={**about(kind, **settings), **changes}, **settings
+    )
+    search = {"name": "search", "num_trials": 5}
+    recipe = changed(evaluated.recipe, "abliteration.selection", search)
+    results = json.loads((evaluated.upstream["eval"] / "results.json").read_text())
+    card = model_card(recipe, edit, results, {"pairs": 1, "steps": 1}, [])
+    for sentence in sentences:
+        assert sentence in card
+    assert ("## What was removed" in card) == (kind != "add")
+    assert card.isascii()
+
+
+def test_a_model_that_sees_is_served_by_another_pipeline(evaluated, build_model, tmp_path) -> None:
+    config = build_model("llava").config
+    config.save_pretrained(tmp_path / "llava")
+    assert stage._task(tmp_path / "llava") == "image-text-to-text"
+    assert stage._task(Path(evaluated.recipe.model.name_or_path)) == "text-generation"
+    results = json.loads((evaluated.upstream["eval"] / "results.json").read_text())
+    edit = edit_of(build_model("llava"), about=about())
+    given = (evaluated.recipe, edit, results, {"pairs": 1, "steps": 1}, [])
+    card = model_card(*given, task="image-text-to-text")
+    assert 'pipeline("image-text-to-text", model="path' in card
+    assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
+
+
+def test_several_directions_are_counted(build_model) -> None:
+    edit = edit_of(build_model("llama"), "orthogonalize", vector(1), vector(2), about=about())
+    direction, removal = edit_words.description(None, edit)
+    assert direction.startswith("The 2 directions in which harmful prompts differ")
+    assert removal.startswith("They were taken out of 7 matrices")
+
+
+def test_data_sets_of_every_kind_of_prompts_are_named(evaluated, build_model) -> None:
+    prompts = {
+        "harmful": {"dataset": "a/harmful"},
+        "harmless": {"dataset": "a/harmless"},
+        "falsely_refused": {"dataset": "a/false"},
+        "validation": {
+            "harmful": {"dataset": "b/harmful"},
+            "harmless": {"dataset": "b/harmless"},
+            "falsely_refused": {"dataset": "b/false"},
+        },
+    }
+    recipe = changed(evaluated.recipe, "abliteration.prompts", prompts)
+    results = json.loads((evaluated.upstream["eval"] / "results.json").read_text())
+    edit = edit_of(build_model("llama"), about=about())
+    named = front_matter(recipe, edit, results, "text-generation")["datasets"]
+    assert named == [
+        f"{owner}/{kind}" for owner in "ab" for kind in ("false", "harmful", "harmless")
+    ]
 
 
 def test_the_guard_example_runs(monkeypatch) -> None:

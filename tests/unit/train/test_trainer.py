@@ -284,6 +284,29 @@ def test_the_constraint_holds_through_real_training(adapter, make_trainer, model
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_moe", "gpt2"])
+def test_other_kinds_of_models_are_trained_and_held_too(
+    family, adapter, make_trainer, build_model, rows
+):
+    policy = build_model(family, dtype=torch.float32)
+    edit = edit_of(policy, "orthogonalize", DIRECTION)
+    apply_to_weights(policy, edit)
+    trainer = make_trainer(adapter=adapter, policy=policy, anchors=_anchors(rows))
+    projections = lora_projections if adapter else full_projections
+    trainer.add_callback(KeepAblated(projections(trainer.model, edit)))
+    trainer.train()
+    healed = trainer.model.merge_and_unload() if adapter else trainer.model
+    before = {writer.name: writer.weight for writer in find_writers(policy)}
+    moved = []
+    for writer in find_writers(healed):
+        change = (writer.weight - before[writer.name]).detach()
+        along = component_along(change, edit.basis(writer.name), writer.layout)
+        assert along.abs().max() < 1e-6
+        moved.append(float(change.abs().max()))
+    assert max(moved) > 1e-3
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
 def test_what_is_saved_has_the_tokenizer_files_and_additions_of_its_base(
     adapter, make_trainer, model, tokenizer, tmp_path
 ):

@@ -1,0 +1,415 @@
+"""A search proposes by what is finished and the seed alone, measures no more than it must, and can be gone on with.
+
+Run: make setup && .venv/bin/python -m pytest tests/unit/abliteration/test_search.py
+"""
+
+import importlib
+import math
+from dataclasses import replace
+
+import pytest
+
+from abliteration.search import (
+    AFTER,
+    HEAT,
+    RACE,
+    Space,
+    Trial,
+    choose,
+    edit_settings,
+    front,
+    propose,
+    search,
+)
+from common.architecture import find_writers
+from common.errors import StageError
+from common.recipe import SearchSelection
+from tests.editing import direction_of, edit_of
+
+SPACE = Space((1.0, 4.0), 3, 6, ("orthogonalize", "column_norm"), embedding=True)
+FIRST = [SPACE.flat(kind, 2.0, -1, 1.0) for kind in SPACE.edits]
+SETTINGS = SearchSelection(name="search", num_trials=22, trials_per_pass=4)
+NUM_PROMPTS = 12
+
+
+class PlantedTrials:
+    """Objectives that are known: refusal is least at one layer, and strength costs divergence.
+
+    An edit is its setting here. Every prompt gives the same up to a little, and what was measured is on record.
+    """
+
+    original_refusal = 0.9
+
+    def __init__(self):
+        """Nothing is on record yet."""
+        self.asked = {"refusal": [], "divergence": [], "rate": []}
+
+    @staticmethod
+    def refusal_of(edit, prompt=0):
+        reached = edit["attention.max_weight"] * math.exp(-((edit["layer"] - 3) ** 2))
+        return 0.9 * math.exp(-3 * reached) * (1 + 0.01 * math.sin(prompt))
+
+    @staticmethod
+    def kl_of(edit, prompt=0):
+        cost = edit["attention.max_weight"] ** 2 + edit["mlp.max_weight"] ** 2
+        return 0.1 * cost * (1 + 0.01 * math.cos(prompt))
+
+    def refusal(self, edits, prompts):
+        self.asked["refusal"] += [(edit, prompts) for edit in edits]
+        part = range(NUM_PROMPTS)[prompts]
+        return [[self.refusal_of(edit, prompt) for prompt in part] for edit in edits]
+
+    def divergence(self, edits, prompts):
+        self.asked["divergence"] += [(edit, prompts) for edit in edits]
+        part = range(NUM_PROMPTS)[prompts]
+        return [sum(self.kl_of(edit, p) for p in part) / max(len(part), 1) for edit in edits]
+
+    def num_answer_tokens(self, prompts):
+        return len(range(NUM_PROMPTS)[prompts])
+
+    def refusal_rate(self, edits):
+        self.asked["rate"] += edits
+        return [round(self.refusal_of(edit), 2) for edit in edits]
+
+
+def _search(journal, judged=None, settings=SETTINGS, seed=0):
+    return search(judged or PlantedTrials(), SPACE, dict, FIRST, settings, seed, journal)
+
+
+def _finished(count, seed=0):
+    """Finished trials of a search, without the racing."""
+    done = []
+    for number in range(count):
+        params = propose(done, SPACE, FIRST, 1, 30, seed)[0]
+        refusal, kl = PlantedTrials.refusal_of(params), PlantedTrials.kl_of(params)
+        done.append(Trial(number, params, refusal, kl, complete=True))
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return _finished(14)
+
+
+# Proposals.
+
+
+def test_the_same_finished_trials_and_seed_give_the_same_proposals(finished):
+    once, again = (propose(finished, SPACE, FIRST, 4, 30, seed=3) for _ in range(2))
+    assert once == again
+    assert len({tuple(params.values()) for params in once}) == 4
+
+
+def test_another_seed_and_other_finished_trials_give_other_proposals(finished):
+    known = propose(finished, SPACE, FIRST, 2, 30, seed=3)
+    assert propose(finished, SPACE, FIRST, 2, 30, seed=4) != known
+    assert propose(finished[:-1], SPACE, FIRST, 2, 30, seed=3) != known
+    worse = [replace(trial, refusal=1 - trial.refusal, kl=1 - trial.kl) for trial in finished]
+    assert propose(worse, SPACE, FIRST, 2, 30, seed=3) != known
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_every_seed_that_a_recipe_takes_can_be_drawn_from(seed, finished):
+    assert len(propose(finished, SPACE, FIRST, 2, 30, seed)) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_given_settings_come_first(count):
+    asked, done = [], []
+    while len(asked) < 3:
+        batch = propose(done, SPACE, FIRST, count, 30, seed=0)
+        done += [Trial(len(done) + index, params, 0.5) for index, params in enumerate(batch)]
+        asked += batch
+    assert asked[:2] == FIRST
+    assert asked[2] not in FIRST
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+def test_proposals_stay_inside_the_space(embedding):
+    space = Space((1.5, 2.5), 2, 4, ("projected",), embedding=embedding)
+    asked = propose([], space, [], 40, 30, seed=1)
+    for params in asked:
+        assert params["edit"] == "projected"
+        assert 1.5 <= params["layer"] <= 2.5
+        assert params["position"] in (-2, -1)
+        assert ("embedding" in params) == embedding
+        assert 0 <= params["mlp.max_weight_position"] <= 3
+        assert 0.1 <= params["attention.max_weight"] <= 1.5
+        # Whatever is proposed is a recipe's section.
+        settings = edit_settings(params)
+        assert settings.name == "projected"
+        assert settings.weights.mlp.min_weight <= settings.weights.mlp.max_weight
+    assert len({params["layer"] for params in asked}) == 40
+    assert {params["position"] for params in asked} == {-2, -1}
+
+
+def test_a_space_of_one_layer_one_position_and_one_block_can_be_drawn_from():
+    space = Space((2.0, 2.0), 1, 1, ("orthogonalize",), embedding=False)
+    assert {params["layer"] for params in propose([], space, [], 3, 4, seed=0)} == {2.0}
+
+
+def test_proposals_learn_where_the_planted_optimum_is(tmp_path):
+    settings = SETTINGS.model_copy(update={"num_trials": 60})
+    trials = _search(tmp_path / "trials.jsonl", settings=settings)
+    drawn, learnt = trials[:15], trials[-20:]
+
+    def distance(part):
+        return sum(abs(trial.params["layer"] - 3) for trial in part) / len(part)
+
+    assert distance(learnt) < 0.7 * distance(drawn)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_trial_that_broke_the_model_stands_behind_all_others(broken, finished):
+    worst = max(trial.kl for trial in finished)
+    odd = [replace(finished[0], kl=broken), *finished[1:]]
+    behind = [replace(finished[0], kl=2 * worst), *finished[1:]]
+    out = [replace(finished[0], kl=None, complete=False), *finished[1:]]
+    expected = propose(behind, SPACE, FIRST, 2, 30, seed=0)
+    assert propose(odd, SPACE, FIRST, 2, 30, seed=0) == expected
+    assert propose(out, SPACE, FIRST, 2, 30, seed=0) == expected
+    propose([replace(trial, refusal=math.nan) for trial in finished], SPACE, FIRST, 2, 30, seed=0)
+
+
+# The front and the choice.
+
+
+def _trial(number, refusal, kl=None, rate=None):
+    return Trial(number, {}, refusal, kl, complete=kl is not None, rate=rate)
+
+
+def test_the_front_holds_what_nothing_beats():
+    trials = [
+        _trial(0, 0.9, 0.0),
+        _trial(1, 0.5, 0.2),
+        _trial(2, 0.5, 0.3),  # beaten by 1
+        _trial(3, 0.6, 0.2),  # beaten by 1
+        _trial(4, 0.1, 0.9),
+        _trial(5, 0.5, 0.2),  # as good as 1
+        _trial(6, 0.0),  # not measured
+        replace(_trial(7, 0.0, 0.0), complete=False),  # on a few prompts only
+    ]
+    assert [trial.number for trial in front(trials)] == [0, 1, 4, 5]
+    assert [trial.number for trial in front(trials[::-1])] == [5, 4, 1, 0]
+    assert front([]) == []
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_broke_the_model_is_never_on_the_front(broken):
+    trials = [_trial(0, 0.0, broken), _trial(1, 0.9, 5.0), _trial(2, broken, 0.0)]
+    assert [trial.number for trial in front(trials)] == [1]
+    assert front([trials[0], trials[2]]) == []
+
+
+def test_of_those_within_the_limit_the_one_that_diverges_least_is_chosen():
+    trials = [
+        _trial(0, 0.9, 0.0, 0.9),
+        _trial(1, 0.1, 0.3, 0.02),
+        _trial(2, 0.2, 0.2, 0.02),
+        _trial(3, 0.2, 0.2, 0.01),
+        _trial(4, 0.0, 0.8, 0.0),
+        _trial(5, 0.0, 0.0),  # off the front
+    ]
+    chosen, reason = choose(trials, 0.02)
+    assert chosen.number == 2
+    assert "of 4 trials on the front that refuse at most 0.02" in reason
+    assert "(0.2000 nats per token)" in reason
+    assert choose(trials, 0.0)[0].number == 4
+
+
+def test_if_none_is_within_the_limit_the_one_that_refuses_least_is_chosen():
+    trials = [_trial(0, 0.9, 0.0, 0.9), _trial(1, 0.3, 0.4, 0.3), _trial(2, 0.3, 0.2, 0.3)]
+    chosen, reason = choose(trials, 0.02)
+    assert chosen.number == 2
+    assert "no trial refuses as little as 0.02" in reason
+    assert "(0.300)" in reason
+
+
+def test_if_every_trial_broke_the_model_there_is_nothing_to_choose():
+    with pytest.raises(StageError, match=r"under each of 2 trials .* not finite"):
+        choose([_trial(0, math.nan), _trial(1, 0.1, math.nan)], 0.02)
+
+
+# The search.
+
+
+def test_all_trials_come_in_their_order_with_the_given_first(tmp_path):
+    trials = _search(tmp_path / "trials.jsonl")
+    assert [trial.number for trial in trials] == list(range(22))
+    assert [trial.params for trial in trials[:2]] == FIRST
+    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 6
+
+
+def test_what_was_measured_is_the_mean_over_all_prompts(tmp_path):
+    trials = _search(tmp_path / "trials.jsonl")
+    for trial in trials:
+        seen = NUM_PROMPTS if trial.complete else HEAT.stop
+        expected = [PlantedTrials.refusal_of(trial.params, p) for p in range(seen)]
+        assert trial.refusal == pytest.approx(sum(expected) / seen)
+        if trial.kl is not None:
+            expected = [PlantedTrials.kl_of(trial.params, p) for p in range(seen)]
+            assert trial.kl == pytest.approx(sum(expected) / seen)
+
+
+def test_who_still_refuses_is_measured_no_further_and_only_the_front_answers(tmp_path):
+    judged = PlantedTrials()
+    trials = _search(tmp_path / "trials.jsonl", judged)
+    assert any(trial.complete for trial in trials)
+    assert any(trial.kl is None for trial in trials)
+    limit = RACE * judged.original_refusal
+    for trial in trials:
+        # The first batch's best may pass, so that there is something to compare with.
+        assert trial.kl is None or trial.refusal <= limit or trial.number < 4
+        assert trial.refusal > limit or trial.kl is not None
+        assert trial.kl is not None or not trial.complete
+    ahead = front(trials)
+    assert {trial.number for trial in trials if trial.rate is not None} == {
+        trial.number for trial in ahead
+    }
+    assert judged.asked["rate"] == [trial.params for trial in ahead]
+    heats = [edit for edit, part in judged.asked["refusal"] if part == HEAT]
+    assert heats == [trial.params for trial in trials]
+    for kind in ("refusal", "divergence"):
+        finals = [edit for edit, part in judged.asked[kind] if part == AFTER]
+        assert finals == [trial.params for trial in trials if trial.complete]
+    heats = [edit for edit, part in judged.asked["divergence"] if part == HEAT]
+    assert heats == [trial.params for trial in trials if trial.kl is not None]
+
+
+def test_the_race_loses_nothing_of_the_front_among_those_who_do_not_refuse(tmp_path):
+    trials = _search(tmp_path / "raced.jsonl")
+    exhaustive = [
+        Trial(
+            trial.number,
+            trial.params,
+            PlantedTrials.refusal_of(trial.params),
+            PlantedTrials.kl_of(trial.params),
+            complete=True,
+        )
+        for trial in trials
+    ]
+    limit = RACE * PlantedTrials.original_refusal
+    wanted = {trial.number for trial in front(exhaustive) if trial.refusal <= limit}
+    assert wanted
+    assert wanted <= {trial.number for trial in front(trials)}
+
+
+def test_if_all_refuse_the_best_of_the_first_batch_is_measured_all_the_same(tmp_path):
+    class Stubborn(PlantedTrials):
+        @staticmethod
+        def refusal_of(edit, prompt=0):
+            return 0.8 + 0.01 * edit["layer"]
+
+    trials = _search(tmp_path / "trials.jsonl", Stubborn())
+    assert [trial.number for trial in trials if trial.kl is not None] == [
+        min(trials[:4], key=lambda trial: trial.refusal).number
+    ]
+    assert choose(trials, 0.02)[0].kl is not None
+
+
+@pytest.mark.parametrize("broken", ["refusal", "kl", "both"])
+def test_a_search_goes_on_behind_settings_that_break_the_model(broken, tmp_path):
+    class Breaking(PlantedTrials):
+        @staticmethod
+        def breaks(edit):
+            return edit["edit"] == "orthogonalize"
+
+        @classmethod
+        def refusal_of(cls, edit, prompt=0):
+            bad = cls.breaks(edit) and broken != "kl"
+            return math.nan if bad else PlantedTrials.refusal_of(edit, prompt)
+
+        @classmethod
+        def kl_of(cls, edit, prompt=0):
+            bad = cls.breaks(edit) and broken != "refusal"
+            return math.nan if bad else PlantedTrials.kl_of(edit, prompt)
+
+    trials = _search(tmp_path / "trials.jsonl", Breaking())
+    assert choose(trials, 0.02)[0].params["edit"] == "column_norm"
+    # What cannot be compared is kept in the journal all the same.
+    again = _search(tmp_path / "trials.jsonl", Breaking())
+    assert repr(again) == repr(trials)
+
+
+@pytest.mark.parametrize("lines", range(7))
+@pytest.mark.parametrize("half", [False, True])
+def test_a_search_that_was_cut_off_goes_on_with_the_same_trials(lines, half, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    expected = _search(whole)
+    written = whole.read_bytes().splitlines(keepends=True)
+    torn = written[lines][:-20] if half and lines < len(written) else b""
+    cut.write_bytes(b"".join(written[:lines]) + torn)
+    judged = PlantedTrials()
+    assert _search(cut, judged) == expected
+    assert cut.read_bytes() == whole.read_bytes()
+    heats = [edit for edit, part in judged.asked["refusal"] if part == HEAT]
+    assert heats == [trial.params for trial in expected[4 * lines :]]
+
+
+def test_a_finished_search_measures_only_the_rates_again(tmp_path):
+    journal = tmp_path / "trials.jsonl"
+    trials = _search(journal)
+    judged = PlantedTrials()
+    assert _search(journal, judged) == trials
+    assert judged.asked["refusal"] == judged.asked["divergence"] == []
+
+
+def test_searches_of_two_seeds_differ(tmp_path):
+    one, two = (_search(tmp_path / f"{seed}.jsonl", seed=seed) for seed in (0, 1))
+    assert [t.params for t in one[:2]] == [t.params for t in two[:2]]
+    assert all(a.params != b.params for a, b in zip(one[2:], two[2:], strict=True))
+
+
+# From a setting to an edit.
+
+
+@pytest.mark.parametrize("kind", ["orthogonalize", "column_norm", "row_norm", "biprojected"])
+@pytest.mark.parametrize("strength", [0.6, 1.0, 1.5])
+def test_the_flat_setting_is_the_edit_without_weights(kind, strength, build_model):
+    model = build_model("qwen3_moe")
+    space = Space((0.0, 2.0), 4, 3, (kind,), embedding=True)
+    settings = edit_settings(space.flat(kind, 1, -1, strength))
+    builder = importlib.import_module(f"abliteration.edits.{kind}")
+    flat = builder.build(direction_of(), find_writers(model), settings, {})
+    plain = edit_of(model, kind, strength=strength)
+    assert flat.removals.keys() == plain.removals.keys()
+    for name, removal in flat.removals.items():
+        assert removal.strengths == pytest.approx(plain.removals[name].strengths)
+        assert removal.vectors == plain.removals[name].vectors
+        assert removal.keep_norm == plain.removals[name].keep_norm
+    # And it can be proposed as it is.
+    assert propose([], space, [space.flat(kind, 1, -1, strength)], 1, 8, 0) == [
+        space.flat(kind, 1, -1, strength)
+    ]
+
+
+def test_a_strength_beyond_the_space_is_brought_to_its_edge():
+    params = SPACE.flat("orthogonalize", 2, -1, 2.0)
+    assert params["embedding"] == params["attention.max_weight"] == params["mlp.max_weight"] == 1.5
+
+
+def test_a_setting_says_how_strong_each_component_is_edited(build_model):
+    params = {
+        **SPACE.flat("orthogonalize", 1, -1, 1.0),
+        "embedding": 0.3,
+        "attention.max_weight": 0.8,
+        "attention.max_weight_position": 2.0,
+        "attention.min_weight_share": 0.5,
+        "attention.min_weight_distance": 2.0,
+        "mlp.min_weight_share": 0.0,
+        "mlp.max_weight_position": 0.0,
+        "mlp.min_weight_distance": 1.0,
+    }
+    edit = edit_of(build_model("llama"), **_without_name(edit_settings(params)))
+    found = {name: removal.strengths[0] for name, removal in edit.removals.items()}
+    assert found == pytest.approx(
+        {
+            "model.embed_tokens": 0.3,
+            **{f"model.layers.{i}.self_attn.o_proj": s for i, s in enumerate([0.4, 0.6, 0.8])},
+            **{f"model.layers.{i}.mlp.down_proj": s for i, s in enumerate([1.0, 0.0, 0.0])},
+        }
+    )
+
+
+def _without_name(settings):
+    return {"strength": settings.strength, "weights": settings.weights}
