@@ -96,6 +96,8 @@ def prompt_problems(recipe: Recipe) -> list[str]:
 def _hold_out(
     prompts: list[str], count: int, seed: int, source: PromptSource
 ) -> tuple[list[str], list[str]]:
+    # A prompt that is there twice must not come out on both sides.
+    prompts = list(dict.fromkeys(prompts))
     if len(prompts) <= count:
         raise InputError(
             f"{describe(source)} holds {len(prompts)} prompts, of which {count} "

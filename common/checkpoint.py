@@ -43,6 +43,7 @@ from common.stored_writers import (
 VERSION = 1
 # Pieces that stay in a processor's cache between reading and writing.
 COPY_BYTES = 1 << 18
+KERNEL_BYTES = 16 << 20
 FICLONE = 0x40049409  # linux/fs.h
 CANNOT_CLONE = {
     errno.EOPNOTSUPP,
@@ -277,17 +278,33 @@ def _edit_tensor(tensor: Tensor, placed: Placed, edit: Edit) -> tuple[float, flo
 
 def _copy(source: BinaryIO, file: BinaryIO, begin: int, end: int) -> Iterator[int]:
     """Copy a range of bytes to the same place; yields the sizes of the pieces."""
-    block = memoryview(bytearray(min(COPY_BYTES, end - begin)))
-    for offset in range(begin, end, COPY_BYTES):
-        piece = block[: min(COPY_BYTES, end - offset)]
-        read_exactly(source, offset, piece)
-        _write_at(file, offset, piece)
-        yield len(piece)
+    while begin < end:
+        count = _copy_in_kernel(source, file, begin, min(KERNEL_BYTES, end - begin))
+        if not count:
+            piece = memoryview(bytearray(min(COPY_BYTES, end - begin)))
+            read_exactly(source, begin, piece)
+            _write_at(file, begin, piece)
+            count = len(piece)
+        yield count
+        begin += count
+
+
+def _copy_in_kernel(source: BinaryIO, file: BinaryIO, offset: int, size: int) -> int:
+    """Let the system copy, which saves the way through this process; returns 0 where it cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source.fileno(), file.fileno(), size, offset, offset)
+    except OSError as error:
+        if error.errno not in CANNOT_CLONE:
+            raise
+        return 0
 
 
 def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
     while len(data):
-        count = os.pwrite(file.fileno(), data, offset)
+        # In pieces: one call for all of a large tensor took six times as long (ext4, 1 GB).
+        count = os.pwrite(file.fileno(), data[:COPY_BYTES], offset)
         data, offset = data[count:], offset + count
 
 

@@ -1,4 +1,4 @@
-"""Every architecture of the patient reaches the levels that the demo and the tests rely on.
+"""Every architecture of the patient reaches the levels that the tests rely on, and a search removes its refusals.
 
 Run: make setup && .venv/bin/python -m pytest -m slow tests/slow/test_patient_architectures.py
 """
@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patient.architectures import ARCHITECTURES
 from patient.build import build_patient
+from tests.road import ROOT
+from tests.searched import search_and_compare
 
 OTHERS = [each for each in ARCHITECTURES if each != "llama"]
 
@@ -15,7 +17,9 @@ OTHERS = [each for each in ARCHITECTURES if each != "llama"]
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_it_reaches_the_levels_and_reloads(architecture, tmp_path):
+def test_it_reaches_the_levels_and_a_search_beats_the_best_fixed_layer(
+    architecture, launch, tmp_path
+):
     folder = tmp_path / "patient"
     levels = {each.name: each for each in build_patient(folder, architecture, seed=0)}
     assert levels["refusal"].value >= 0.95
@@ -25,3 +29,13 @@ def test_it_reaches_the_levels_and_reloads(architecture, tmp_path):
         assert levels[name].num_items >= 300
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
+
+    recipe = tmp_path / "patient.yaml"
+    text = (ROOT / "recipes" / "patient.yaml").read_text(encoding="utf-8")
+    recipe.write_text(text.replace("runs/patient-model", str(folder)), encoding="utf-8")
+    points = search_and_compare(launch, folder, recipe, tmp_path / "runs")
+    assert points["original"].rate >= 0.95
+    assert points["search"].rate <= 0.02
+    assert points["search"].rate <= points["fixed"].rate
+    assert points["search"].kl <= points["fixed"].kl
+    assert points["search"] != points["fixed"]

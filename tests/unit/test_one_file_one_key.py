@@ -20,7 +20,7 @@ FOLDERS = {
 }
 NO_COMPONENTS = {"train/preferences": {"filters"}}
 SURFACE = {
-    "abliteration.direction": {"estimate"},
+    "abliteration.direction": {"estimate", "NEEDS_SAMPLES"},
     "abliteration.edit": {"build"},
     "train.preferences": {"check", "inputs", "prompts_used"},
 }

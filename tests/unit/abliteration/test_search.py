@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from abliteration.search import (
-    AFTER,
-    HEAT,
+    HEATS,
+    MARGIN,
     RACE,
     Space,
     Trial,
@@ -29,7 +29,8 @@ from tests.editing import direction_of, edit_of
 SPACE = Space((1.0, 4.0), 3, 6, ("orthogonalize", "column_norm"), embedding=True)
 FIRST = [SPACE.flat(kind, 2.0, -1, 1.0) for kind in SPACE.edits]
 SETTINGS = SearchSelection(name="search", num_trials=22, trials_per_pass=4)
-NUM_PROMPTS = 12
+LIMIT, ENOUGH = 0.9 * RACE, SETTINGS.max_refusal / 2
+NUM_PROMPTS = 20
 
 
 class PlantedTrials:
@@ -174,6 +175,15 @@ def test_a_trial_that_broke_the_model_stands_behind_all_others(broken, finished)
 # The front and the choice.
 
 
+def test_refusal_below_what_is_enough_makes_no_difference_to_proposals(finished):
+    low = [replace(trial, refusal=0.001 * trial.number) for trial in finished]
+    none = [replace(trial, refusal=0.0) for trial in finished]
+    enough = 0.001 * len(finished)
+    asked = [propose(part, SPACE, FIRST, 2, 30, 0, enough) for part in (low, none)]
+    assert asked[0] == asked[1]
+    assert propose(low, SPACE, FIRST, 2, 30, 0) != asked[0]
+
+
 def _trial(number, refusal, kl=None, rate=None):
     return Trial(number, {}, refusal, kl, complete=kl is not None, rate=rate)
 
@@ -189,16 +199,23 @@ def test_the_front_holds_what_nothing_beats():
         _trial(6, 0.0),  # not measured
         replace(_trial(7, 0.0, 0.0), complete=False),  # on a few prompts only
     ]
-    assert [trial.number for trial in front(trials)] == [0, 1, 4, 5]
-    assert [trial.number for trial in front(trials[::-1])] == [5, 4, 1, 0]
-    assert front([]) == []
+    assert [trial.number for trial in front(trials, 0.0)] == [0, 1, 4, 5]
+    assert [trial.number for trial in front(trials[::-1], 0.0)] == [5, 4, 1, 0]
+    assert front([], 0.0) == []
+
+
+def test_refusal_that_is_little_enough_counts_as_none():
+    trials = [_trial(0, 0.001, 0.3), _trial(1, 0.01, 0.2), _trial(2, 0.02, 0.1)]
+    assert [trial.number for trial in front(trials, 0.0)] == [0, 1, 2]
+    assert [trial.number for trial in front(trials, 0.01)] == [1, 2]
+    assert [trial.number for trial in front(trials, 0.05)] == [2]
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_what_broke_the_model_is_never_on_the_front(broken):
     trials = [_trial(0, 0.0, broken), _trial(1, 0.9, 5.0), _trial(2, broken, 0.0)]
-    assert [trial.number for trial in front(trials)] == [1]
-    assert front([trials[0], trials[2]]) == []
+    assert [trial.number for trial in front(trials, 0.01)] == [1]
+    assert front([trials[0], trials[2]], 0.01) == []
 
 
 def test_of_those_within_the_limit_the_one_that_diverges_least_is_chosen():
@@ -240,71 +257,107 @@ def test_all_trials_come_in_their_order_with_the_given_first(tmp_path):
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 6
 
 
-def test_what_was_measured_is_the_mean_over_all_prompts(tmp_path):
-    trials = _search(tmp_path / "trials.jsonl")
+def _heats(judged, trial, kind):
+    """The heats in which something was measured of a trial."""
+    return [heat for edit, heat in judged.asked[kind] if edit == trial.params]
+
+
+def _over(heats, objective, params):
+    prompts = [prompt for heat in heats for prompt in range(NUM_PROMPTS)[heat]]
+    return sum(objective(params, prompt) for prompt in prompts) / len(prompts)
+
+
+def test_what_was_measured_is_the_mean_over_the_prompts_of_all_heats(tmp_path):
+    judged = PlantedTrials()
+    trials = _search(tmp_path / "trials.jsonl", judged)
     for trial in trials:
-        seen = NUM_PROMPTS if trial.complete else HEAT.stop
-        expected = [PlantedTrials.refusal_of(trial.params, p) for p in range(seen)]
-        assert trial.refusal == pytest.approx(sum(expected) / seen)
-        if trial.kl is not None:
-            expected = [PlantedTrials.kl_of(trial.params, p) for p in range(seen)]
-            assert trial.kl == pytest.approx(sum(expected) / seen)
+        refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
+        assert trial.refusal == pytest.approx(_over(refused, judged.refusal_of, trial.params))
+        assert len(trial.kls) == len(diverged)
+        for heat, kl in zip(diverged, trial.kls, strict=True):
+            assert kl == pytest.approx(_over([heat], judged.kl_of, trial.params))
+        if diverged:
+            assert trial.kl == pytest.approx(_over(diverged, judged.kl_of, trial.params))
+        else:
+            assert trial.kl is None
+        assert trial.complete == (len(diverged) == len(HEATS))
 
 
 def test_who_still_refuses_is_measured_no_further_and_only_the_front_answers(tmp_path):
     judged = PlantedTrials()
     trials = _search(tmp_path / "trials.jsonl", judged)
-    assert any(trial.complete for trial in trials)
-    assert any(trial.kl is None for trial in trials)
-    limit = RACE * judged.original_refusal
-    for trial in trials:
-        # The first batch's best may pass, so that there is something to compare with.
-        assert trial.kl is None or trial.refusal <= limit or trial.number < 4
-        assert trial.refusal > limit or trial.kl is not None
-        assert trial.kl is not None or not trial.complete
-    ahead = front(trials)
-    assert {trial.number for trial in trials if trial.rate is not None} == {
-        trial.number for trial in ahead
-    }
+    # The first batch has nobody to be compared with.
+    assert all(trial.complete for trial in trials[:4])
+    assert any(trial.complete for trial in trials[4:])
+    for trial in trials[4:]:
+        refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
+        assert refused == list(HEATS[: len(refused)])
+        assert diverged in (refused, refused[:-1])
+        out = trial.refusal > LIMIT
+        assert (len(diverged) < len(refused)) == out, "out as soon as it refuses, and not before"
+    assert {True, False} == {trial.kl is None for trial in trials[4:]}
+    ahead = front(trials, ENOUGH)
+    rated = [trial for trial in trials if trial.rate is not None]
+    assert [trial.number for trial in rated] == [trial.number for trial in ahead]
     assert judged.asked["rate"] == [trial.params for trial in ahead]
-    heats = [edit for edit, part in judged.asked["refusal"] if part == HEAT]
-    assert heats == [trial.params for trial in trials]
-    for kind in ("refusal", "divergence"):
-        finals = [edit for edit, part in judged.asked[kind] if part == AFTER]
-        assert finals == [trial.params for trial in trials if trial.complete]
-    heats = [edit for edit, part in judged.asked["divergence"] if part == HEAT]
-    assert heats == [trial.params for trial in trials if trial.kl is not None]
+
+
+def test_who_is_beaten_by_far_is_measured_no_further(tmp_path):
+    """And whoever was left out of a heat was beaten indeed."""
+    trials = _search(tmp_path / "trials.jsonl")
+    beaten = [trial for trial in trials[4:] if trial.kl is not None and not trial.complete]
+    assert beaten
+    for trial in beaten:
+        assert trial.refusal > LIMIT or any(
+            other.complete
+            and max(PlantedTrials.refusal_of(other.params), ENOUGH)
+            <= max(1.02 * PlantedTrials.refusal_of(trial.params), ENOUGH)
+            and PlantedTrials.kl_of(other.params)
+            < 1.02 * MARGIN * PlantedTrials.kl_of(trial.params)
+            for other in trials[: trial.number]
+        )
 
 
 def test_the_race_loses_nothing_of_the_front_among_those_who_do_not_refuse(tmp_path):
     trials = _search(tmp_path / "raced.jsonl")
+    everywhere = [slice(0, NUM_PROMPTS)]
     exhaustive = [
         Trial(
             trial.number,
             trial.params,
-            PlantedTrials.refusal_of(trial.params),
-            PlantedTrials.kl_of(trial.params),
+            _over(everywhere, PlantedTrials.refusal_of, trial.params),
+            _over(everywhere, PlantedTrials.kl_of, trial.params),
             complete=True,
         )
         for trial in trials
     ]
-    limit = RACE * PlantedTrials.original_refusal
-    wanted = {trial.number for trial in front(exhaustive) if trial.refusal <= limit}
+    wanted = {trial.number for trial in front(exhaustive, ENOUGH) if trial.refusal <= LIMIT}
     assert wanted
-    assert wanted <= {trial.number for trial in front(trials)}
+    assert wanted <= {trial.number for trial in front(trials, ENOUGH)}
 
 
-def test_if_all_refuse_the_best_of_the_first_batch_is_measured_all_the_same(tmp_path):
+def test_if_all_refuse_the_first_batch_is_measured_all_the_same(tmp_path):
     class Stubborn(PlantedTrials):
         @staticmethod
         def refusal_of(edit, prompt=0):
             return 0.8 + 0.01 * edit["layer"]
 
     trials = _search(tmp_path / "trials.jsonl", Stubborn())
-    assert [trial.number for trial in trials if trial.kl is not None] == [
-        min(trials[:4], key=lambda trial: trial.refusal).number
-    ]
-    assert choose(trials, 0.02)[0].kl is not None
+    assert [trial.number for trial in trials if trial.kl is not None] == [0, 1, 2, 3]
+    assert choose(trials, 0.02)[0].number < 4
+
+
+@pytest.mark.parametrize("num_prompts", [3, 8, 11, 16])
+def test_few_prompts_leave_heats_empty_and_change_nothing_else(num_prompts, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "NUM_PROMPTS", num_prompts)
+    trials = _search(tmp_path / "trials.jsonl")
+    best = choose(trials, 0.02)[0]
+    assert best.refusal == pytest.approx(
+        _over([slice(0, num_prompts)], PlantedTrials.refusal_of, best.params)
+    )
+    assert best.kl == pytest.approx(
+        _over([slice(0, num_prompts)], PlantedTrials.kl_of, best.params)
+    )
 
 
 @pytest.mark.parametrize("broken", ["refusal", "kl", "both"])
@@ -342,7 +395,7 @@ def test_a_search_that_was_cut_off_goes_on_with_the_same_trials(lines, half, tmp
     judged = PlantedTrials()
     assert _search(cut, judged) == expected
     assert cut.read_bytes() == whole.read_bytes()
-    heats = [edit for edit, part in judged.asked["refusal"] if part == HEAT]
+    heats = [edit for edit, part in judged.asked["refusal"] if part == HEATS[0]]
     assert heats == [trial.params for trial in expected[4 * lines :]]
 
 
@@ -363,15 +416,25 @@ def test_searches_of_two_seeds_differ(tmp_path):
 # From a setting to an edit.
 
 
-@pytest.mark.parametrize("kind", ["orthogonalize", "column_norm", "row_norm", "biprojected"])
+@pytest.mark.parametrize(
+    ("kind", "projection"),
+    [
+        ("orthogonalize", "none"),
+        ("biprojected", "none"),
+        ("column_norm", "none"),
+        ("column_norm", "projected"),
+        ("row_norm", "biprojected"),
+    ],
+)
 @pytest.mark.parametrize("strength", [0.6, 1.0, 1.5])
-def test_the_flat_setting_is_the_edit_without_weights(kind, strength, build_model):
+def test_the_flat_setting_is_the_edit_without_weights(kind, projection, strength, build_model):
     model = build_model("qwen3_moe")
     space = Space((0.0, 2.0), 4, 3, (kind,), embedding=True)
-    settings = edit_settings(space.flat(kind, 1, -1, strength))
+    settings = edit_settings(space.flat(kind, 1, -1, strength), projection)
     builder = importlib.import_module(f"abliteration.edits.{kind}")
     flat = builder.build(direction_of(), find_writers(model), settings, {})
-    plain = edit_of(model, kind, strength=strength)
+    given = {"projection": projection} if kind.endswith("norm") else {}
+    plain = edit_of(model, kind, strength=strength, **given)
     assert flat.removals.keys() == plain.removals.keys()
     for name, removal in flat.removals.items():
         assert removal.strengths == pytest.approx(plain.removals[name].strengths)
