@@ -13,8 +13,9 @@ from torch import Tensor
 
 from abliteration.strengths import strengths_of
 from common.architecture import PlacedWriter
-from common.edits import Edit, KeepNorm, Removal
+from common.edits import Edit, Removal
 from common.recipe import EditWeights
+from common.slices import KeepNorm
 
 Projection = Literal["none", "projected", "biprojected"]
 

@@ -264,6 +264,8 @@ def choose(trials: Sequence[Trial], max_refusal: float) -> tuple[Trial, str]:
             "nothing to choose from; load it in a wider type (model.dtype: bfloat16 or float32)"
         )
     within = [trial for trial in judged if (trial.rate or 0.0) <= max_refusal]
+    # A rate of none in a few dozen prompts can be luck; probabilities tell who is near to refusing.
+    within = [trial for trial in within if trial.refusal <= max_refusal / 2] or within
     if within:
         chosen = min(within, key=lambda trial: (trial.kl, trial.number))
         reason = (

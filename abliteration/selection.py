@@ -27,6 +27,9 @@ from common.errors import StageError
 from common.hooks import applied_by_hooks
 from common.recipe import ScoresSelection, SearchSelection
 
+# A direction of false refusal may cost at most a tenth of the true refusals.
+MIN_RETAINED = 0.9
+
 MakeEdit = Callable[[Direction], Edit]
 Thresholds = ScoresSelection | SearchSelection
 
@@ -42,7 +45,8 @@ class Candidate:
         bypass: mean refusal score on harmful prompts while it is removed; None if not scored.
         induce: mean refusal score on harmless prompts while it is added.
         kl: mean next-token KL(original || edited) on harmless prompts, nats.
-        retain: mean refusal score, while it is removed, on prompts whose refusal is to stay, if there are any.
+        retain: share of the prompts whose refusal is to stay that are still refused (their refusal score is above
+            0) while it is removed; None if there are none.
         dropped: why it cannot be chosen, or None.
     """
 
@@ -140,7 +144,7 @@ def score_candidates(
             bypass=float(refusal_scores(target, tokens).mean()),
             induce=float(refusal_scores(added, tokens).mean()),
             kl=float(kl_divergence(base, harmless).mean()),
-            retain=float(refusal_scores(kept, tokens).mean()) if len(kept) else None,
+            retain=float((refusal_scores(kept, tokens) > 0).double().mean()) if len(kept) else None,
         )
         candidates.append(replace(scored, dropped=_missed(scored, settings)))
     return candidates
@@ -148,6 +152,8 @@ def score_candidates(
 
 def choose(candidates: Sequence[Candidate], settings: Thresholds) -> Candidate:
     """The candidate with the smallest bypass score among those that passed the filters.
+
+    A search only begins there: where none passed it begins with the smallest bypass of all.
 
     Raises:
         StageError: if none passed, with how near the best ones came.
@@ -157,14 +163,14 @@ def choose(candidates: Sequence[Candidate], settings: Thresholds) -> Candidate:
         return min(
             left, key=lambda candidate: (candidate.bypass, candidate.layer, candidate.position)
         )
-    scored = sorted((c for c in candidates if c.bypass is not None), key=lambda c: c.bypass or 0.0)[
-        :3
-    ]
+    scored = sorted((c for c in candidates if c.bypass is not None), key=lambda c: c.bypass or 0.0)
+    if scored and settings.name == "search":
+        return scored[0]
     nearest = (
         "; ".join(
             f"layer {c.layer:g} position {c.position}: bypass {c.bypass:.2f}, induce {c.induce:.2f}, "
             f"KL {c.kl:.3f} ({c.dropped})"
-            for c in scored
+            for c in scored[:3]
         )
         or "none was scored (" + ", ".join(sorted({str(c.dropped) for c in candidates})) + ")"
     )
@@ -192,8 +198,7 @@ def _missed(scored: Candidate, settings: Thresholds) -> str | None:
     assert scored.induce is not None
     if scored.kl > settings.max_kl:
         return "kl above max_kl"
-    if scored.induce < settings.min_induce:
-        return "induce below min_induce"
-    if scored.retain is not None and scored.retain < 0:
-        return "true refusal lost"
-    return None
+    if scored.retain is not None:
+        # What it shares with true refusal was taken out of it, so adding it need not induce any.
+        return "true refusal lost" if scored.retain < MIN_RETAINED else None
+    return "induce below min_induce" if scored.induce < settings.min_induce else None

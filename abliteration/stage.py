@@ -404,6 +404,7 @@ def _about(ground: Ground, choice: Choice) -> dict[str, Any]:
         "position": choice.candidate.position,
         "stream": "resid_pre",
         "norm": choice.candidate.norm,
+        "model_type": load_config(ground.base).model_type,
         "estimator": recipe.abliteration.direction.name,
         "selection": recipe.abliteration.selection.name,
         "edit": choice.settings.name,

@@ -341,8 +341,9 @@ def _require_change(
         for name, placed in tensors.items()
         if journal.steps[shard][name]["before"] != journal.steps[shard][name]["after"]
     }
-    for name in edit.removals:
-        if name not in changed:
+    for name, removal in edit.removals.items():
+        # Mirrored, at strength 2, as much is written along the vectors as before: that tells nothing.
+        if name not in changed and abs(1 - removal.strengths[0]) != 1:
             raise StageError(
                 f"{name} did not change under the edit, so it still writes what it wrote; its side or layout in "
                 "common/architecture.py is wrong, or the direction is not one of this model's"

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,14 +20,11 @@ from torch import Tensor, nn
 
 from common.architecture import Layout, PlacedWriter, find_writers
 from common.errors import InputError, StageError
+from common.slices import KeepNorm, edit_in_place, writes_last
 
 FORMAT = 2
 # In a model folder: additions that no bias can hold; hooks make them when the folder is loaded.
 SIDECAR = "additions.safetensors"
-
-# Which norms of a weight W [d_model, d_in] an edit restores: those of its columns (what one input writes), of
-# its rows (what is written to one coordinate of the stream), or none.
-KeepNorm = Literal["none", "column", "row"]
 
 
 @dataclass(frozen=True)
@@ -184,21 +181,9 @@ def edited_weight(
     Source: Arditi et al. 2024, arXiv:2406.11717, "weight orthogonalization"; restoring norms changes
         W' = P W to P W diag(s) (columns), or to diag(1/n) (D P D^-1 W) with D the row norms (rows).
     """
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    by_input = as_stored(wide, layout)
-    if keep_norm == "none":
-        edited = project(by_input, basis, strengths)
-    elif keep_norm == "column":
-        edited = project(by_input, basis, strengths)
-        before, left = by_input.norm(dim=-1), edited.norm(dim=-1)
-        # What rounding leaves of an input that writes along the vectors alone must not be blown up.
-        noise = before * (8 * torch.finfo(before.dtype).eps) ** 0.5
-        edited = edited * _ratio(before, torch.where(left > noise, left, 0.0)).unsqueeze(-1)
-    else:
-        norms = by_input.norm(dim=-2, keepdim=True)
-        edited = project(by_input * _ratio(torch.ones_like(norms), norms), basis, strengths)
-        edited = edited * _ratio(norms, edited.norm(dim=-2, keepdim=True))
-    return as_stored(edited, layout).to(weight.dtype).contiguous()
+    edited = weight.detach().clone(memory_format=torch.contiguous_format)
+    edit_in_place(edited, basis, strengths, keep_norm, layout)
+    return edited
 
 
 def edited_bias(bias: Tensor, basis: Tensor, strengths: Tensor) -> Tensor:
@@ -287,13 +272,4 @@ def known_writers(model: nn.Module, edit: Edit) -> dict[str, PlacedWriter]:
 
 def as_stored(weight: Tensor, layout: Layout) -> Tensor:
     """A weight [..., d_in, d_model] (what each input writes) in its layout, and the other way round."""
-    writes_last = layout in ("embedding", "conv1d", "experts_transposed")
-    return weight if writes_last else weight.mT
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, and 0 where nothing is left to rescale."""
-    left = denominator > 0
-    return torch.where(
-        left, numerator / torch.where(left, denominator, torch.ones_like(denominator)), 0.0
-    )
+    return weight if writes_last(layout) else weight.mT

@@ -23,7 +23,6 @@ from torch.utils.hooks import RemovableHandle
 from common.architecture import PlacedWriter
 from common.edits import (
     Edit,
-    KeepNorm,
     Removal,
     as_stored,
     edited_bias,
@@ -31,6 +30,7 @@ from common.edits import (
     known_writers,
     project,
 )
+from common.slices import KeepNorm
 
 
 @dataclass(frozen=True)

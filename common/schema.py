@@ -574,6 +574,16 @@ class AbliterationSection(Section):
                     'is "search", which does not watch the true refusals; write scores, which does',
                 )
             )
+        if self.prompts.falsely_refused and (
+            "projected" in edit or getattr(self.edit, "projection", "none") != "none"
+        ):
+            problems.append(
+                (
+                    ("edit",),
+                    "is projected, which turns the direction back towards true refusal; write "
+                    "{name: orthogonalize}",
+                )
+            )
         if self.prompts.falsely_refused and edit == "add":
             problems.append(
                 (("edit", "name"), 'is "add", but false refusals are removed; take a removal')

@@ -103,7 +103,7 @@ def _edit_coordinates(
             widen(part).addmm_(u.T, removed, alpha=-1).square().sum(dim=0)
             for u, part in zip(own, parts, strict=True)
         )
-        scale = _ratio(squares.sqrt(), left.sqrt())
+        scale = _restoring(squares.sqrt(), left.sqrt())
     after = torch.zeros_like(before)
     for u, part in zip(own, parts, strict=True):
         wide = widen(part)
@@ -146,7 +146,7 @@ def _edit_inputs(
             scale = wide.norm(dim=1, keepdim=True)
         project_(wide, along)
         if keep_norm == "column":
-            scale = _ratio(scale, wide.norm(dim=1, keepdim=True))
+            scale = _restoring(scale, wide.norm(dim=1, keepdim=True))
         part.copy_(wide if keep_norm == "none" else wide.mul_(scale))
         after += (widen(part) @ basis.T).square().sum()
     return float(before), float(after)
@@ -166,6 +166,12 @@ def _unit_rows(wide: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
+
+
+def _restoring(before: Tensor, left: Tensor) -> Tensor:
+    """What restores norms; 0 for an input that writes along the vectors alone: only rounding is left of it."""
+    noise = before * (8 * torch.finfo(before.dtype).eps) ** 0.5
+    return _ratio(before, torch.where(left > noise, left, 0.0))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

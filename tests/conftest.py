@@ -287,6 +287,20 @@ def patient() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def over_refusing_patient(patient: Path) -> Path:
+    """The patient, tuned further to refuse one harmless wording as well."""
+    folder = patient.with_name(f"{patient.name}-over-refusing")
+    done = folder.with_name(f"{folder.name}.done")
+    with _locked(folder.with_name(f"{folder.name}.lock")):
+        if not done.exists():
+            command = [sys.executable, "-m", "patient", "--output", str(folder)]
+            command += ["--over-refusing", "--base", str(patient)]
+            subprocess.run(command, cwd=ROOT, check=True)
+            done.touch()
+    return folder
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock file, so that two test runs do not build at once."""

@@ -182,7 +182,7 @@ def test_a_direction_that_carries_true_refusal_is_dropped_where_that_must_stay(p
     loose = SETTINGS.model_copy(update={"max_kl": 1e9, "min_induce": -1e9})
     lost, kept = _score(model, tokenizer, _findings(directions), [REFUSE], loose, validation)
     assert lost.dropped == "true refusal lost"
-    assert lost.retain < 0 < kept.retain
+    assert (lost.retain, kept.retain) == (0.0, 1.0)
     assert kept.dropped is None
 
 
@@ -311,12 +311,11 @@ def test_what_must_go_on_refusing_is_scored_while_the_direction_is_removed(build
     candidates = _score(model, tokenizer, _findings(directions), tokens, loose, validation)
     for candidate, direction in zip(candidates, directions[:, 0], strict=True):
         edited = _without(model, direction)
-        for found, prompts in (
-            (candidate.bypass, validation.falsely_refused),
-            (candidate.retain, validation.harmful),
-        ):
-            rows = _logits_one_by_one(edited, tokenizer, prompts)
-            assert found == pytest.approx(_log_odds(rows, tokens), abs=1e-6)
+        rows = _logits_one_by_one(edited, tokenizer, validation.falsely_refused)
+        assert candidate.bypass == pytest.approx(_log_odds(rows, tokens), abs=1e-6)
+        rows = _logits_one_by_one(edited, tokenizer, validation.harmful)
+        kept = [_log_odds(row[None], tokens) > 0 for row in rows]
+        assert candidate.retain == sum(kept) / len(kept)
         # A random model does not refuse, so nothing here keeps true refusal.
         assert candidate.dropped == "true refusal lost"
 
