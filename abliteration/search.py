@@ -30,9 +30,10 @@ RACE = 0.25
 # The share of the trials that is drawn at random before the sampler learns from them.
 RANDOM_SHARE = 0.25
 # The prompts of each heat: all trials run in the first, those in the next that are not beaten by then.
-HEATS = (slice(0, 8), slice(8, 16), slice(16, None))
-# A trial is beaten by one that diverges less than this share of it on the same prompts.
-MARGIN = 0.75
+HEATS = (slice(0, 4), slice(4, 16), slice(16, None))
+# A trial is beaten by one that diverges less than this share of it on the same prompts. A few tokens make most of
+# the divergence, so that a few prompts tell little.
+MARGINS = (0.25, 0.5)
 
 Params = Mapping[str, Any]
 MakeEdit = Callable[[Params], Edit]
@@ -265,7 +266,7 @@ def choose(trials: Sequence[Trial], max_refusal: float) -> tuple[Trial, str]:
         )
     within = [trial for trial in judged if (trial.rate or 0.0) <= max_refusal]
     # A rate of none in a few dozen prompts can be luck; probabilities tell who is near to refusing.
-    within = [trial for trial in within if trial.refusal <= max_refusal / 2] or within
+    within = [trial for trial in within if trial.refusal <= max_refusal] or within
     if within:
         chosen = min(within, key=lambda trial: (trial.kl, trial.number))
         reason = (
@@ -303,7 +304,8 @@ def _race(
         divergences = trials.divergence([edits[index] for index in running], heat)
         for index, kl in zip(running, divergences, strict=True):
             new[index] = replace(new[index], kls=(*new[index].kls, kl))
-        running = [index for index in running if not _is_beaten(new[index], done, enough)]
+        if heat != HEATS[-1]:
+            running = [index for index in running if not _is_beaten(new[index], done, enough)]
     for index in running:
         new[index] = replace(new[index], complete=True)
     tokens = [trials.num_answer_tokens(heat) for heat in HEATS]
@@ -315,7 +317,7 @@ def _is_beaten(trial: Trial, done: Sequence[Trial], enough: float) -> bool:
     return any(
         other.complete
         and max(other.refusal, enough) <= max(trial.refusal, enough)
-        and _mean(other.kls[: len(trial.kls)]) < MARGIN * _mean(trial.kls)
+        and _mean(other.kls[: len(trial.kls)]) < MARGINS[len(trial.kls) - 1] * _mean(trial.kls)
         for other in done
     )
 

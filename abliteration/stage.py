@@ -34,6 +34,8 @@ VERSION = 2
 # How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
 MAX_TRIAL_PROMPTS = 48
+# Beside the candidate that the scores chose, so many of the next best begin a search.
+NUM_NEAREST = 3
 
 logger = logging.getLogger(__name__)
 
@@ -290,12 +292,18 @@ def _search(
     )
     own = ground.recipe.abliteration.edit
     projection = getattr(own, "projection", "none")
+    strength = getattr(own, "strength", 1.0)
+    kinds = [kind for kind in dict.fromkeys([own.name, *settings.edits]) if kind in settings.edits]
+    nearest = sorted(
+        (c for c in scored.candidates if c.bypass is not None and c != scored.candidate),
+        key=lambda candidate: candidate.bypass or 0.0,
+    )
     first = [
-        space.flat(
-            kind, scored.candidate.layer, scored.candidate.position, getattr(own, "strength", 1.0)
-        )
-        for kind in dict.fromkeys([own.name, *settings.edits])
-        if kind in settings.edits
+        *(
+            space.flat(k, scored.candidate.layer, scored.candidate.position, strength)
+            for k in kinds
+        ),
+        *(space.flat(kinds[0], c.layer, c.position, strength) for c in nearest[:NUM_NEAREST]),
     ]
     trials = search.search(
         judged,

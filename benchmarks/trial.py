@@ -34,6 +34,7 @@ from abliteration import baseline, search
 from abliteration.activations import collect
 from abliteration.findings import Findings
 from abliteration.openings import refusal_openings
+from abliteration.prompt_sets import sample
 from abliteration.selection import next_token_logits
 from abliteration.stage import MAX_TRIAL_PROMPTS
 from abliteration.trials import Trials
@@ -93,7 +94,7 @@ def main() -> None:
     picked = trials[:: max(1, len(trials) // options.plain)][: options.plain]
     _, theirs = time_plain(subject, picked, make_edit, min_new_tokens=PLAIN_TOKENS)
     ended, theirs_ended = time_plain(subject, picked, make_edit, min_new_tokens=0)
-    ranks = {} if options.random else rank(picked, ended, judged, make_edit)
+    ranks = {} if options.random else rank(subject, picked, ended, judged, make_edit)
     report(subject, judged, trials, ours, theirs, theirs_ended, ranks)
 
 
@@ -109,13 +110,14 @@ def parse() -> argparse.Namespace:
 
 
 def read(folder: Path, name: str) -> list[str]:
-    """Prompts of the patient."""
-    return load_prompts(PromptSource(path=str(folder / "prompts" / f"{name}.jsonl")))
+    """Test prompts of the patient, the questions of all kinds mixed."""
+    prompts = load_prompts(PromptSource(path=str(folder / "prompts" / f"{name}_test.jsonl")))
+    return sample(prompts, len(prompts), seed=0)
 
 
 def patient(folder: Path) -> Subject:
     """The trained patient; what both ways read was not tuned on."""
-    kinds = [read(folder, f"{kind}_test") for kind in ("harmful", "harmless")]
+    kinds = [read(folder, kind) for kind in ("harmful", "harmless")]
     return Subject("the patient", load_model(folder), load_tokenizer(folder), *kinds)
 
 
@@ -135,7 +137,7 @@ def random_qwen2() -> Subject:
         pad_token_id=int(tokenizer.pad_token_id),
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    kinds = [read(folder, f"{kind}_test") for kind in ("harmful", "harmless")]
+    kinds = [read(folder, kind) for kind in ("harmful", "harmless")]
     return Subject(
         "a random Qwen2", model, tokenizer, *kinds, openings=[(token,) for token in range(20, 24)]
     )
@@ -238,18 +240,36 @@ def plain_trial(
 
 
 def rank(
+    subject: Subject,
     picked: Sequence[search.Trial],
     plain: Sequence[tuple[float, float]],
     judged: Trials,
     make_edit: MakeEdit,
 ) -> dict[str, float]:
-    """How alike both ways rank the same settings, every one of them measured to the end here too."""
+    """How alike both ways rank the same settings, every one of them measured to the end here too.
+
+    The next token's divergence is another quantity than that of whole answers, so ours is also held against whole
+    answers to the prompts that the plain way reads.
+    """
     edits = [make_edit(trial.params) for trial in picked]
+    others = Trials(
+        subject.model,
+        subject.tokenizer,
+        harmful=subject.harmful[:1],
+        openings=judged.harmful[0].continuations,
+        harmless=subject.harmless[:PLAIN_PROMPTS],
+        max_answer_tokens=PLAIN_TOKENS,
+        batch_size=PLAIN_PROMPTS,
+    )
+    divergence = judged.divergence(edits)
     refusal = [sum(each) / len(each) for each in judged.refusal(edits)]
     rates, next_token = zip(*plain, strict=True)
     return {
         "spearman_refusal": float(spearmanr(refusal, rates).statistic),
-        "spearman_kl": float(spearmanr(judged.divergence(edits), next_token).statistic),
+        "spearman_kl_next_token": float(spearmanr(divergence, next_token).statistic),
+        "spearman_kl_whole_answers": float(
+            spearmanr(divergence, others.divergence(edits)).statistic
+        ),
     }
 
 

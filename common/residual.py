@@ -154,18 +154,3 @@ def adding(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-class StreamingMean:
-    """The mean of many vectors in float64, in memory that does not grow with their number."""
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.total: Tensor | None = None
-        self.count = 0
-
-    def add(self, batch: Tensor) -> None:
-        """Add a batch [batch, ...]; all batches have the same shape behind the first axis."""
-        summed = batch.to(torch.float64).sum(dim=0)
-        self.total = summed if self.total is None else self.total + summed
-        self.count += batch.shape[0]

@@ -11,7 +11,7 @@ import pytest
 
 from abliteration.search import (
     HEATS,
-    MARGIN,
+    MARGINS,
     RACE,
     Space,
     Trial,
@@ -234,7 +234,7 @@ def test_of_those_within_the_limit_the_one_that_diverges_least_is_chosen():
 
 def test_a_trial_that_is_near_to_refusing_gives_way_to_one_that_is_not():
     """No refusal in a few dozen answers can be luck."""
-    near, far = _trial(0, 0.015, 0.1, 0.0), _trial(1, 0.009, 0.3, 0.0)
+    near, far = _trial(0, 0.03, 0.1, 0.0), _trial(1, 0.015, 0.3, 0.0)
     assert choose([near, far], 0.02)[0] == far
     assert choose([near], 0.02)[0] == near
 
@@ -318,7 +318,7 @@ def test_who_is_beaten_by_far_is_measured_no_further(tmp_path):
             and max(PlantedTrials.refusal_of(other.params), ENOUGH)
             <= max(1.02 * PlantedTrials.refusal_of(trial.params), ENOUGH)
             and PlantedTrials.kl_of(other.params)
-            < 1.02 * MARGIN * PlantedTrials.kl_of(trial.params)
+            < 1.02 * MARGINS[len(trial.kls) - 1] * PlantedTrials.kl_of(trial.params)
             for other in trials[: trial.number]
         )
 
