@@ -54,7 +54,7 @@ CANNOT_CLONE = {
     errno.EPERM,
 }
 # Weights in other forms would stay as they were, beside edited ones.
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".ot")
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 
 logger = logging.getLogger(__name__)
 
