@@ -16,8 +16,11 @@ demo: setup
 	@test -f runs/patient-model/patient.json || $(BIN)/python -m patient --output runs/patient-model
 	@$(LAUNCH) train/run.py recipes/patient.yaml
 
+# What is small, in several processes of one thread; then whole runs one by one, which use the threads themselves.
+SMALL := tests/unit tests/end_to_end/test_bad_input.py
 test: check
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(SMALL)
+	$(BIN)/python -m pytest -q tests/distributed tests/end_to_end $(SMALL:%=--ignore=%)
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

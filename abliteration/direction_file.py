@@ -5,6 +5,7 @@ tensor [d_model] or [1, d_model], or one per layer as a tensor [layers, d_model]
 """
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -81,6 +82,10 @@ def edit_of(
         raise InputError(
             f"{path} holds a direction of {len(vector)} numbers, but the residual stream of {model} has d_model "
             f"{checkpoint.d_model}; it was measured on another model"
+        )
+    if strength is not None and not 0 < strength < math.inf:
+        raise InputError(
+            f"--strength is {strength:g}, but a share above 0 belongs there; 1 removes all"
         )
     settings = Orthogonalize(name="orthogonalize", strength=1.0 if strength is None else strength)
     about = {"layer": name, "edit": settings.name, "strength": settings.strength}

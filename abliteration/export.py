@@ -141,7 +141,9 @@ def write(
     exported = load_model(output, dtype=recipe.model.dtype, in_4bit=in_4bit)
     logits = next_token_logits(exported, tokenizer, scores.prompts, batch_size)
     mismatch = float(kl_divergence(scores.logits, logits).mean())
-    allowed = (ALLOWED_IN_4BIT if in_4bit else ALLOWED[dtype]) + 2 * scores.noise
+    # Rounded to the type it is stored in, and to the one it is run in.
+    coarsest = max(dtype, exported.dtype, key=lambda each: torch.finfo(each).eps)
+    allowed = (ALLOWED_IN_4BIT if in_4bit else ALLOWED[coarsest]) + 2 * scores.noise
     if not mismatch <= allowed:
         raise StageError(
             f"abliteration: the exported model is not the one that was scored: KL {mismatch:.4f} nats per prompt, "

@@ -17,6 +17,9 @@ from common.errors import StageError
 # Less than this share of a direction is rounding.
 NEGLIGIBLE = 1e-9
 
+# A difference below this share of the means is rounding: a fixed token of the template is the same for all prompts.
+NEGLIGIBLE = 1e-9
+
 # From sets of prompts, a quantile to winsorize at, and files for samples to the sets' activations.
 Collect = Callable[
     [Sequence[Sequence[str]], float | None, Sequence[Path] | None], Sequence[Activations]
@@ -87,10 +90,18 @@ def find(
     read = collect(list(sets.values()), getattr(estimator, "quantile", None), files)
     harmless, target, *kept = read
     directions: Tensor = module.estimate(target, harmless, estimator)
+    directions = directions * _differs(directions, target.mean).unsqueeze(-1)
     if kept:
         true = module.estimate(kept[0], harmless, estimator)
         directions = keep_true_refusal(directions, true)
     return Findings(directions, harmless.mean, target.mean)
+
+
+def _differs(directions: Tensor, mean: Tensor) -> Tensor:
+    """Where a direction is more than the rounding of equal means: 1 or 0 [layers, positions, 1]."""
+    length = directions[:, :, 0].norm(dim=-1, keepdim=True)
+    differs: Tensor = length > NEGLIGIBLE * mean.norm(dim=-1, keepdim=True)
+    return differs.to(directions)
 
 
 def keep_true_refusal(false: Tensor, true: Tensor) -> Tensor:

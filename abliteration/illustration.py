@@ -99,10 +99,7 @@ def search_of(
     trials: Sequence[search.Trial], chosen: search.Trial, max_refusal: float
 ) -> report.Search:
     """A search as the report shows it."""
-    shown = [
-        report.Trial(t.number, t.refusal, t.kl if t.complete else None, t.rate, t.params)
-        for t in trials
-    ]
+    shown = [report.Trial(t.number, t.refusal, t.kl, t.rate, t.params, t.complete) for t in trials]
     return report.Search(shown, chosen.number, max_refusal)
 
 

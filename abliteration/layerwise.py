@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from abliteration.activations import Accumulator, Activations, my_batches
 from common import chat, distributed
 from common.architecture import architecture_of, find_blocks
+from common.edits import SIDECAR
 from common.errors import InputError
 from common.model import auto_class, load_config, weight_files
 
@@ -86,6 +87,11 @@ def collect(
         InputError: if the folder lacks a weight of a block.
         StageError: if the residual stream overflows.
     """
+    if (folder / SIDECAR).is_file():
+        raise InputError(
+            f"{folder / SIDECAR}: vectors are added to this model by hooks, which reading layer by layer leaves out; "
+            "set layer_by_layer to false"
+        )
     model = build_without_weights(folder, dtype)
     checkpoint = Checkpoint(folder, model)
     blocks, device = find_blocks(model), distributed.device()

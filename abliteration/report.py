@@ -62,8 +62,9 @@ class Trial:
         number: from 0, in the order they were tried.
         refusal: mean probability that an answer to a harmful prompt begins as a refusal.
         kl: divergence on harmless answers, nats per token; None: not measured, it still refused.
-        rate: share of the harmful prompts that are refused in full answers; None: not measured.
+        rate: share of the harmful prompts that are refused in full answers; None: not measured, off the front.
         settings: the setting itself, numbers and words by name.
+        complete: whether it was measured on all prompts.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Trial:
     kl: float | None
     rate: float | None = None
     settings: Mapping[str, float | str] = field(default_factory=dict)
+    complete: bool = True
 
     @property
     def divergence(self) -> float:
@@ -437,6 +439,7 @@ def _search(report: Report) -> Iterable[Section]:
     search, best = report.search, _chosen_trial(report.search)
     front = {trial.number for trial in _front(search.trials)}
     out = sum(trial.kl is None for trial in search.trials)
+    beaten = len(search.trials) - out - sum(trial.complete for trial in search.trials)
     names = list(dict.fromkeys(name for trial in search.trials for name in trial.settings))
     pictures = [_front_picture(report, search, front), _history(search, front)]
     if len(names) > 1:
@@ -447,7 +450,8 @@ def _search(report: Report) -> Iterable[Section]:
         f"{number(best.kl)} nats",
         f"Of the settings on the front, which none is better than in both measures, the one that diverges least was "
         f"to be taken among those that refuse at most {search.max_refusal:.1%} of the harmful prompts. "
-        f"{out} setting(s) still refused so often that nothing else was measured of them.",
+        f"{out} setting(s) still refused so often that nothing else was measured of them; {beaten} were beaten by "
+        "far on the first few prompts, and measured on those alone.",
         pictures,
         ["Trial", "Begins as refusal", "KL", "Refusal rate", "On the front", *names],
         (
@@ -604,8 +608,8 @@ def _residuals(report: Report) -> Section:
     return Section(
         "residual",
         f"The largest residual is {number(largest.share)}, in {largest.writer}",
-        "What is left of each writer's output along the direction. At strength 1 only rounding is left: about "
-        "0.0004 in bfloat16.",
+        "What is left of each writer's output along the direction. At strength 1 only rounding is left (about "
+        "0.0004 in bfloat16), unless row norms are kept: rescaling rows turns what is written.",
         pictures,
         ["Writer", "Component", "Block", "Residual"],
         ((r.writer, r.component, r.block, r.share) for r in report.residuals),
@@ -613,13 +617,9 @@ def _residuals(report: Report) -> Section:
 
 
 def _front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other beats in both measures, by growing divergence."""
-    front: list[Trial] = []
-    measured = [t for t in trials if math.isfinite(t.divergence) and math.isfinite(t.refusal)]
-    for trial in sorted(measured, key=lambda trial: (trial.divergence, trial.refusal)):
-        if not front or trial.refusal < front[-1].refusal:
-            front.append(trial)
-    return front
+    """The trials on the search's front, which answered prompts, by growing divergence."""
+    answered = [trial for trial in trials if trial.rate is not None]
+    return sorted(answered, key=lambda trial: (trial.divergence, trial.refusal))
 
 
 def _chosen_trial(search: Search) -> Trial:

@@ -23,7 +23,7 @@ from abliteration.trials import Trials
 from common import distributed
 from common.edits import Edit
 from common.errors import StageError
-from common.recipe import COMPONENTS, EditWeights, LayerKernel, SearchSelection
+from common.recipe import COMPONENTS, SEARCHED_STRENGTHS, EditWeights, LayerKernel, SearchSelection
 
 # A trial that keeps more than this share of the original's refusals is measured no further.
 RACE = 0.25
@@ -90,7 +90,7 @@ class Space:
         if self.embedding:
             trial.suggest_float("embedding", 0.0, 1.5)
         for component in ("attention", "mlp"):
-            trial.suggest_float(f"{component}.max_weight", 0.1, 1.5)
+            trial.suggest_float(f"{component}.max_weight", *SEARCHED_STRENGTHS)
             trial.suggest_float(f"{component}.max_weight_position", 0.0, self.num_blocks - 1.0)
             trial.suggest_float(f"{component}.min_weight_share", 0.0, 1.0)
             trial.suggest_float(f"{component}.min_weight_distance", 1.0, float(self.num_blocks))
@@ -99,10 +99,10 @@ class Space:
         """The setting that edits everything alike."""
         params: dict[str, Any] = {"edit": edit, "layer": float(layer), "position": position}
         if self.embedding:
-            params["embedding"] = min(strength, 1.5)
+            params["embedding"] = strength
         for component in ("attention", "mlp"):
             params |= {
-                f"{component}.max_weight": min(strength, 1.5),
+                f"{component}.max_weight": strength,
                 f"{component}.max_weight_position": (self.num_blocks - 1) / 2,
                 f"{component}.min_weight_share": 1.0,
                 f"{component}.min_weight_distance": float(self.num_blocks),
@@ -171,7 +171,10 @@ def search(
     )
     while len(done) < settings.num_trials:
         count = min(settings.trials_per_pass, settings.num_trials - len(done))
-        asked = propose(done, space, first, count, settings.num_trials, seed, enough)
+        # From one process: a last bit that differs between two would part them for good.
+        asked = distributed.broadcast(
+            propose(done, space, first, count, settings.num_trials, seed, enough)
+        )
         done = [*done, *_race(trials, asked, make_edit, done, limit, enough)]
         if distributed.is_main():
             _append(journal, done[-count:])

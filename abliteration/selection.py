@@ -64,7 +64,6 @@ class Candidate:
         return asdict(self)
 
 
-@torch.inference_mode()
 def next_token_logits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,6 +71,33 @@ def next_token_logits(
     batch_size: int,
 ) -> Tensor:
     """The logits [prompts, vocab] behind each prompt in float32, shared by the processes."""
+    return _behind_prompts(model, tokenizer, prompts, batch_size, lambda logits: logits)
+
+
+def next_token_refusal(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int,
+    tokens: Sequence[int],
+) -> Tensor:
+    """The refusal score [prompts] behind each prompt; no vocabulary is kept, however many prompts there are."""
+
+    def score(logits: Tensor) -> Tensor:
+        return refusal_scores(logits, tokens)
+
+    return _behind_prompts(model, tokenizer, prompts, batch_size, score)
+
+
+@torch.inference_mode()
+def _behind_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What becomes [batch, ...] of the logits [batch, vocab] behind prompts, for all of them [prompts, ...]."""
     encoded = chat.encode(tokenizer, prompts)
 
     def work(part: Sequence[list[int]]) -> list[Tensor]:
@@ -86,7 +112,7 @@ def next_token_logits(
                 use_cache=False,
                 logits_to_keep=1,
             ).logits[:, -1]
-            for index, row in zip(batch, logits.float().cpu(), strict=True):
+            for index, row in zip(batch, reduce(logits.float().cpu()), strict=True):
                 rows[index] = row
         return rows
 
@@ -163,7 +189,7 @@ def choose(candidates: Sequence[Candidate], settings: Thresholds) -> Candidate:
         return min(
             left, key=lambda candidate: (candidate.bypass, candidate.layer, candidate.position)
         )
-    scored = sorted((c for c in candidates if c.bypass is not None), key=lambda c: c.bypass or 0.0)
+    scored = sorted(filter(is_scored, candidates), key=lambda c: c.bypass or 0.0)
     if scored and settings.name == "search":
         return scored[0]
     nearest = (
@@ -179,6 +205,11 @@ def choose(candidates: Sequence[Candidate], settings: Thresholds) -> Candidate:
         f"min_induce {settings.min_induce}, skip_last_layers {settings.skip_last_layers}); nearest: {nearest}; loosen "
         "abliteration.selection, or give more prompts"
     )
+
+
+def is_scored(candidate: Candidate) -> bool:
+    """Whether a candidate has a score that can be compared."""
+    return candidate.bypass is not None and math.isfinite(candidate.bypass)
 
 
 def _unusable(candidate: Candidate, num_layers: int, settings: Thresholds) -> str | None:

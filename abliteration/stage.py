@@ -1,5 +1,6 @@
 """Stage one: from prompts to `edit.safetensors`, `candidates.json` and the abliterated model folder."""
 
+import gc
 import importlib
 import importlib.util
 import logging
@@ -30,10 +31,10 @@ from common.recipe import Add, Recipe
 from common.stored_writers import open_checkpoint, placed_writers
 from common.tracking import table
 
-VERSION = 2
+VERSION = 3
 # How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
-MAX_TRIAL_PROMPTS = 48
+MAX_TRIAL_PROMPTS = 96
 # Beside the candidate that the scores chose, so many of the next best begin a search.
 NUM_NEAREST = 3
 
@@ -150,6 +151,7 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
         scores = export.score(model, ground.tokenizer, ground.validation, edit, ground.batch_size)
         streams = _read_streams(ground, model, choice.candidate.position)
         del model
+        gc.collect()  # spread over several devices, a model is held by its own hooks
     if distributed.is_main():
         save_edit(edit, folder / "edit.safetensors")
     report = export.write(
@@ -282,7 +284,7 @@ def _search(
         batch_size=ground.batch_size * settings.trials_per_pass,
     )
     num_layers, num_positions = findings.directions.shape[:2]
-    usable = [c.layer for c in scored.candidates if c.bypass is not None]
+    usable = [c.layer for c in scored.candidates if selection.is_scored(c)]
     space = search.Space(
         (min(usable), max(usable)),
         num_positions,
@@ -295,7 +297,7 @@ def _search(
     strength = getattr(own, "strength", 1.0)
     kinds = [kind for kind in dict.fromkeys([own.name, *settings.edits]) if kind in settings.edits]
     nearest = sorted(
-        (c for c in scored.candidates if c.bypass is not None and c != scored.candidate),
+        (c for c in scored.candidates if selection.is_scored(c) and c != scored.candidate),
         key=lambda candidate: candidate.bypass or 0.0,
     )
     first = [
@@ -365,8 +367,9 @@ def _keep_clear_cases(
     """Keep refused prompts with a refusal score above 0 and answered ones below (refusal_direction's filter)."""
 
     def keep(part: Sequence[str], sign: int, name: str) -> list[str]:
-        logits = selection.next_token_logits(model, ground.tokenizer, part, ground.batch_size)
-        scores = baseline.refusal_scores(logits, tokens)
+        scores = selection.next_token_refusal(
+            model, ground.tokenizer, part, ground.batch_size, tokens
+        )
         kept = [
             prompt for prompt, score in zip(part, scores.tolist(), strict=True) if sign * score > 0
         ]

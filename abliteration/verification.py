@@ -47,12 +47,12 @@ def check_coverage(
     for name, ratio in ratios.items():
         removal = edit.removals[name]
         due = abs(1 - removal.strengths[0])
-        if removal.keep_norm == "none" and abs(ratio - due) > ROUNDING[dtype]:
+        if removal.keep_norm == "none" and not abs(ratio - due) <= ROUNDING[dtype]:
             raise StageError(
                 f"abliteration: after the edit {name} writes {ratio:.4f} of what it wrote along the direction, where "
                 f"{due:.4f} was due; its entry in common/architecture.py is wrong"
             )
-        if removal.keep_norm == "column" and due == 0 and ratio > ROUNDING[dtype]:
+        if removal.keep_norm == "column" and due == 0 and not ratio <= ROUNDING[dtype]:
             raise StageError(
                 f"abliteration: after the edit {name} still writes {ratio:.4f} of what it wrote along the direction, "
                 "where nothing was due; its entry in common/architecture.py is wrong"

@@ -174,7 +174,8 @@ MIXTRAL = Architecture(
     (*PRE_NORMS, *QKV, *ROUTED),
 )
 QWEN2_MOE = Architecture(
-    (*SPARSE, Writer("mlp.shared_expert.down_proj", "mlp")),
+    # The experts last: what is added behind a block must not pass the gate of the shared expert.
+    (*DENSE, Writer("mlp.shared_expert.down_proj", "mlp"), EXPERTS),
     (
         *LLAMA.readers,
         *ROUTED,

@@ -20,6 +20,7 @@ from common.document import Document, Key, Problem
 from common.errors import RecipeError
 from common.schema import (
     COMPONENTS,
+    SEARCHED_STRENGTHS,
     TAG_MARK,
     AbliterationPrompts,
     AbliterationSection,
@@ -61,6 +62,7 @@ from common.schema import (
 
 __all__ = [
     "COMPONENTS",
+    "SEARCHED_STRENGTHS",
     "AbliterationPrompts",
     "AbliterationSection",
     "Add",

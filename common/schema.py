@@ -336,6 +336,10 @@ class ScoresSelection(_ByScores):
 EditKind = Literal["orthogonalize", "projected", "biprojected", "column_norm", "row_norm"]
 
 
+# The strengths a search tries at the peak of its kernels.
+SEARCHED_STRENGTHS: Final = (0.1, 1.5)
+
+
 class SearchSelection(_ByScores):
     """Search layer, position, kind of edit and strengths over layers with Optuna."""
 
@@ -538,70 +542,80 @@ class AbliterationSection(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         """Refuse parts that cannot work together."""
-        problems: list[tuple[Key, str]] = []
-        selection, edit = self.selection.name, self.edit.name
-        if edit == "add" and selection != "fixed":
-            problems.append(
-                (
-                    ("selection", "name"),
-                    f'is "{selection}", which tries removals; write fixed to add',
-                )
-            )
-        if edit == "add" and self.direction.name == "svd":
-            problems.append(
-                (("direction", "name"), "is svd, but one direction is added; take another")
-            )
-        if self.selection.name == "fixed" and edit == "add" and self.selection.layer % 1:
-            problems.append(
-                (
-                    ("selection", "layer"),
-                    f"is {self.selection.layer:g}, but a direction is added at one layer; round it",
-                )
-            )
-        kinds = {edit, *(self.selection.edits if self.selection.name == "search" else ())}
-        keeping = sorted(kinds & {"column_norm", "row_norm"})
-        if self.load_in_4bit and keeping:
-            problems.append(
-                (
-                    ("load_in_4bit",),
-                    f"packs the weights, whose norms {' and '.join(keeping)} would keep; use edits without norms",
-                )
-            )
-        if self.prompts.falsely_refused and selection == "search":
-            problems.append(
-                (
-                    ("selection", "name"),
-                    'is "search", which does not watch the true refusals; write scores, which does',
-                )
-            )
-        if self.prompts.falsely_refused and (
-            "projected" in edit or getattr(self.edit, "projection", "none") != "none"
-        ):
-            problems.append(
-                (
-                    ("edit",),
-                    "is projected, which turns the direction back towards true refusal; write "
-                    "{name: orthogonalize}",
-                )
-            )
-        if self.prompts.falsely_refused and edit == "add":
-            problems.append(
-                (("edit", "name"), 'is "add", but false refusals are removed; take a removal')
-            )
-        if self.layer_by_layer and selection != "fixed":
-            problems.append(
-                (
-                    ("layer_by_layer",),
-                    f"reads prompts only, but selection {selection} must run the whole model; write "
-                    "selection: {name: fixed, layer: ..., position: ...}",
-                )
-            )
-        if self.layer_by_layer and self.load_in_4bit:
-            problems.append(
-                (("layer_by_layer",), "is set beside load_in_4bit; keep one of the two")
-            )
-        fail(*problems)
+        fail(
+            *_addition_problems(self),
+            *_search_problems(self),
+            *_false_refusal_problems(self),
+            *_memory_problems(self),
+        )
         return self
+
+
+def _addition_problems(section: AbliterationSection) -> Iterator[tuple[Key, str]]:
+    """What does not go with adding a direction."""
+    if section.edit.name != "add":
+        return
+    selection = section.selection
+    if selection.name != "fixed":
+        reason = f'is "{selection.name}", which tries removals; write fixed to add'
+        yield ("selection", "name"), reason
+    elif selection.layer < 1 or selection.layer % 1:
+        reason = (
+            f"is {selection.layer:g}, but a direction is added behind one block: write 1, 2, ..."
+        )
+        yield ("selection", "layer"), reason
+    if section.direction.name == "svd":
+        yield ("direction", "name"), "is svd, but one direction is added; take another"
+    if section.prompts.falsely_refused:
+        yield ("edit", "name"), 'is "add", but false refusals are removed; take a removal'
+
+
+def _search_problems(section: AbliterationSection) -> Iterator[tuple[Key, str]]:
+    """What of the edit a search cannot begin with."""
+    if section.selection.name != "search" or section.edit.name == "add":
+        return
+    low, high = SEARCHED_STRENGTHS
+    if not low <= section.edit.strength <= high:
+        reason = f"is {section.edit.strength:g}, but a search begins with it and tries {low:g} to {high:g}"
+        yield ("edit", "strength"), reason
+    if section.edit.weights != EditWeights():
+        yield ("edit", "weights"), "has no effect: a search finds them; delete it"
+    if section.edit.name not in section.selection.edits:
+        reason = (
+            f'is "{section.edit.name}", which the search begins with; add it to selection.edits'
+        )
+        yield ("edit", "name"), reason
+    if section.prompts.falsely_refused:
+        reason = 'is "search", which does not watch the true refusals; write scores, which does'
+        yield ("selection", "name"), reason
+
+
+def _false_refusal_problems(section: AbliterationSection) -> Iterator[tuple[Key, str]]:
+    """What would turn a direction of false refusal back towards true refusal."""
+    projection = getattr(section.edit, "projection", "none")
+    if section.prompts.falsely_refused and (
+        "projected" in section.edit.name or projection != "none"
+    ):
+        reason = "is projected, which turns the direction towards true refusal; write {name: orthogonalize}"
+        yield ("edit",), reason
+
+
+def _memory_problems(section: AbliterationSection) -> Iterator[tuple[Key, str]]:
+    """What cannot be done on a part of the model, or on packed weights."""
+    selection = section.selection
+    kinds = {section.edit.name, *(selection.edits if selection.name == "search" else ())}
+    keeping = " and ".join(sorted(kinds & {"column_norm", "row_norm"}))
+    if section.load_in_4bit and keeping:
+        reason = f"packs the weights, whose norms {keeping} would keep; use edits without norms"
+        yield ("load_in_4bit",), reason
+    if section.layer_by_layer and selection.name != "fixed":
+        yield (
+            ("layer_by_layer",),
+            f"reads prompts only, but selection {selection.name} must run the whole model; write "
+            "selection: {name: fixed, layer: ..., position: ...}",
+        )
+    if section.layer_by_layer and section.load_in_4bit:
+        yield ("layer_by_layer",), "is set beside load_in_4bit; keep one of the two"
 
 
 class OnPolicy(Section):

@@ -252,6 +252,7 @@ def _about(recipe: Recipe, compared: Mapping[str, int]) -> dict[str, object]:
         "accelerate",
         "datasets",
         "lm_eval",
+        "optuna",
         "wandb",
     )
     return {

@@ -215,7 +215,7 @@ CASES = [
     Case("no safetensors", no_weights, ("no safetensors",)),
     Case("missing shard", missing_shard, ("model-00002-of-00002", "fetch")),
     Case("no config", lambda p: (p.model / "config.json").unlink(), ("config.json",)),
-    Case("unmapped architecture", config(model_type="gpt2"), ("gpt2", "not mapped")),
+    Case("unmapped architecture", config(model_type="bloom"), ("bloom", "not mapped")),
     Case(
         "quantized model",
         config(quantization_config={"quant_method": "fp8"}),

@@ -451,11 +451,6 @@ def test_the_flat_setting_is_the_edit_without_weights(kind, projection, strength
     ]
 
 
-def test_a_strength_beyond_the_space_is_brought_to_its_edge():
-    params = SPACE.flat("orthogonalize", 2, -1, 2.0)
-    assert params["embedding"] == params["attention.max_weight"] == params["mlp.max_weight"] == 1.5
-
-
 def test_a_setting_says_how_strong_each_component_is_edited(build_model):
     params = {
         **SPACE.flat("orthogonalize", 1, -1, 1.0),
