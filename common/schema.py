@@ -577,7 +577,7 @@ def _search_problems(section: AbliterationSection) -> Iterator[tuple[Key, str]]:
     low, high = SEARCHED_STRENGTHS
     if not low <= section.edit.strength <= high:
         reason = f"is {section.edit.strength:g}, but a search begins with it and tries {low:g} to {high:g}"
-        yield ("edit", "strength"), reason
+        yield ("edit", "strength"), f"{reason}; give one in between"
     if section.edit.weights != EditWeights():
         yield ("edit", "weights"), "has no effect: a search finds them; delete it"
     if section.edit.name not in section.selection.edits:

@@ -15,6 +15,7 @@ from tests.road import ROOT, Launch, environment
 
 ARGUMENTS = (
     "abliteration.selection={name: search, num_trials: 14, trials_per_pass: 2}",
+    "abliteration.edit.strength=1.0",
     "abliteration.prompts.harmful.slice=0:64",
     "abliteration.prompts.harmless.slice=0:64",
     "tracking.mode=disabled",
