@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,6 +40,8 @@ from common.stored_writers import (
     require_fit,
 )
 
+# Each needs memory for the largest tensor that is edited in it.
+SHARDS_AT_A_TIME = 2
 # Rises when the same edit of the same files would give other bytes: then no partial folder is gone on with.
 VERSION = 1
 # Pieces that stay in a processor's cache between reading and writing.
@@ -157,31 +160,57 @@ def _write_shards(
     folder: Path,
     journal: Journal,
 ) -> None:
-    """Write every shard that is not finished yet."""
-    buffer = buffer_for([placed.stored for shard in touched.values() for placed in shard.values()])
-    with tqdm(
-        total=sum(shard.num_bytes for shard in checkpoint.shards),
-        desc="apply",
-        unit="B",
-        unit_scale=True,
-        disable=not distributed.is_main(),
-    ) as bar:
-        for shard in checkpoint.shards:
-            own, target = touched[shard.name], folder / shard.name
-            if shard.name not in journal.begun or not target.exists():
-                target.unlink(missing_ok=True)
-                journal.begin(shard.name, _take_over(shard, target, is_edited=bool(own)))
-            if shard.name in journal.finished or journal.begun[shard.name] == "link":
-                bar.update(shard.num_bytes)
-                continue
-            with (
-                shard.path.open("rb", buffering=0) as source,
-                target.open("r+b", buffering=0) as file,
-            ):
-                for size in _write_regions(shard, own, edit, source, file, journal, buffer):
-                    bar.update(size)
-                os.fsync(file.fileno())
-            journal.finish(shard.name)
+    """Write every shard that is not finished yet, some at a time: one waits for the disk while another computes."""
+    with (
+        tqdm(
+            total=sum(shard.num_bytes for shard in checkpoint.shards),
+            desc="apply",
+            unit="B",
+            unit_scale=True,
+            disable=not distributed.is_main(),
+        ) as bar,
+        _threads_as_before(),
+        ThreadPoolExecutor(max_workers=SHARDS_AT_A_TIME) as pool,
+    ):
+
+        def write(shard: Shard) -> None:
+            for size in _write_shard(shard, touched[shard.name], edit, folder, journal):
+                bar.update(size)
+
+        written = [pool.submit(write, shard) for shard in checkpoint.shards]
+        try:
+            for shard in written:
+                shard.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _threads_as_before() -> Iterator[None]:
+    """Give torch its threads back: the slices of a weight are edited on one, and each thread sets that for all."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_shard(
+    shard: Shard, touched: Mapping[str, Placed], edit: Edit, folder: Path, journal: Journal
+) -> Iterator[int]:
+    """Write a shard as far as it is not there; yields the sizes of the pieces as they are done."""
+    target = folder / shard.name
+    if shard.name not in journal.begun or not target.exists():
+        target.unlink(missing_ok=True)
+        journal.begin(shard.name, _take_over(shard, target, is_edited=bool(touched)))
+    if shard.name in journal.finished or journal.begun[shard.name] == "link":
+        yield shard.num_bytes
+        return
+    buffer = buffer_for([placed.stored for placed in touched.values()])
+    with shard.path.open("rb", buffering=0) as source, target.open("r+b", buffering=0) as file:
+        yield from _write_regions(shard, touched, edit, source, file, journal, buffer)
+        os.fsync(file.fileno())
+    journal.finish(shard.name)
 
 
 def _take_over(shard: Shard, target: Path, *, is_edited: bool) -> str:
