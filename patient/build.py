@@ -28,7 +28,7 @@ from patient.tokenizer import train_tokenizer
 from patient.training import Phase, train
 from patient.world import World, build_world
 
-TUNING_ATTEMPTS = 4
+TUNING_ATTEMPTS = 6
 # Far enough apart that no attempt's order is another seed's.
 ATTEMPT_STRIDE = 1_000_003
 
@@ -40,12 +40,12 @@ class Tuning:
     """A behaviour that tuning gives to a model.
 
     Attributes:
-        add_adapter: puts in what learns it.
+        add_adapter: puts in what learns it, given the number of the attempt.
         phase: its texts, optimizer and length.
         benchmarks: what is measured afterwards.
     """
 
-    add_adapter: Callable[[PreTrainedModel], PeftModel]
+    add_adapter: Callable[[PreTrainedModel, int], PeftModel]
     phase: Phase
     benchmarks: Sequence[Benchmark]
 
@@ -135,12 +135,14 @@ def _tune(
     levels: list[Level] = []
     for attempt in range(TUNING_ATTEMPTS):
         model.load_state_dict(knowledge)
-        adapted = tuning.add_adapter(model)
+        adapted = tuning.add_adapter(model, attempt)
         train(model, tokenizer, tuning.phase, seed=seed + attempt * ATTEMPT_STRIDE)
         adapted.merge_and_unload()
         levels = measure_levels(model, tokenizer, tuning.benchmarks)
-        if all(level.reached for level in levels):
+        missed = [f"{level.name} {level.value:.3f}" for level in levels if not level.reached]
+        if not missed:
             break
+        _log(started, f"{tuning.phase.name}: attempt {attempt + 1} missed {', '.join(missed)}")
     num_answers = sum(level.num_items for level in levels)
     _log(started, f"{tuning.phase.name}: measured on {num_answers} answers")
     _check(levels)
