@@ -44,6 +44,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None =
     """
     if system is not None:
         turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        # A template says in this way that it takes no system role; any other fault shows again below.
         with contextlib.suppress(jinja2.TemplateError):
             text = _render(tokenizer, turns)
             if system.strip() in text:

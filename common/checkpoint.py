@@ -220,7 +220,7 @@ def _take_over(shard: Shard, target: Path, *, is_edited: bool) -> str:
     """
     source = shard.path.resolve()  # the hub's cache holds links
     if not is_edited:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another file system, or one without links: copy below
             target.hardlink_to(source)
             return "link"
     with source.open("rb") as original, target.open("wb") as file:

@@ -60,7 +60,7 @@ def tracked(
         _use_artifact(run, artifact(recipe, name, folder), mode)
     try:
         yield run
-    except BaseException:
+    except BaseException:  # Ctrl-C too: wandb must not show a run that was broken off as finished
         run.finish(exit_code=1)
         raise
     run.finish()

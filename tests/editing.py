@@ -7,7 +7,7 @@ from torch import Tensor
 
 from abliteration.placement import Direction
 from common.architecture import find_writers
-from common.edits import Edit
+from common.edits import Edit, Removal
 from common.recipe import COMPONENTS
 
 WIDTH = 32
@@ -29,3 +29,21 @@ def edit_of(model, kind="orthogonalize", *vectors: Tensor, about=None, **setting
     settings = COMPONENTS["abliteration.edit"][kind](name=kind, **settings)
     builder = importlib.import_module(f"abliteration.edits.{kind}")
     return builder.build(direction_of(*vectors), find_writers(model), settings, about or {})
+
+
+def mixed_edit(model, keep_norm="none", **fields) -> Edit:
+    """One vector out of half of the writers, two out of the others, at different strengths."""
+    generator = torch.Generator().manual_seed(3)
+    square = torch.randn(WIDTH, 2, generator=generator, dtype=torch.float64)
+    first, second = torch.linalg.qr(square)[0].T.contiguous()
+    removals, left_alone = {}, {}
+    for number, writer in enumerate(find_writers(model)):
+        if writer.tied:
+            left_alone[writer.name] = "tied"
+        elif number % 2:
+            removals[writer.name] = Removal(("direction", "second"), (1.0, 0.6), keep_norm)
+        else:
+            removals[writer.name] = Removal(("direction",), (1.0,), keep_norm)
+    parts = {"vectors": {"direction": first, "second": second}, "removals": removals}
+    parts |= {"additions": {}, "left_alone": left_alone, "about": {}}
+    return Edit(**{**parts, **fields})

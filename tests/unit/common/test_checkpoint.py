@@ -19,7 +19,6 @@ from common.architecture import DiskTensor, find_writers
 from common.checkpoint import SIDECAR, apply_to_checkpoint
 from common.edits import (
     Addition,
-    Edit,
     Removal,
     apply_to_weights,
     component_along,
@@ -31,29 +30,7 @@ from common.shards import read_shards
 from common.slices import edit_in_place
 from common.stored_writers import open_checkpoint, placed_writers
 from tests.conftest import FAMILIES
-
-DIMENSIONS = 32
-
-
-def _vectors():
-    generator = torch.Generator().manual_seed(3)
-    square = torch.randn(DIMENSIONS, 2, generator=generator, dtype=torch.float64)
-    first, second = torch.linalg.qr(square)[0].T.contiguous()
-    return {"direction": first, "second": second}
-
-
-def _edit(model, keep_norm="none", **fields):
-    """One vector out of half of the writers, two out of the others, at different strengths."""
-    removals, left_alone = {}, {}
-    for number, writer in enumerate(find_writers(model)):
-        if writer.tied:
-            left_alone[writer.name] = "tied"
-        elif number % 2:
-            removals[writer.name] = Removal(("direction", "second"), (1.0, 0.6), keep_norm)
-        else:
-            removals[writer.name] = Removal(("direction",), (1.0,), keep_norm)
-    parts = {"vectors": _vectors(), "removals": removals, "additions": {}, "about": {}}
-    return Edit(**{**parts, "left_alone": left_alone, **fields})
+from tests.editing import mixed_edit
 
 
 def _save(model, folder, shard_size="20KB"):
@@ -97,7 +74,7 @@ def test_the_edited_files_hold_what_the_edit_in_memory_gives_bit_for_bit(
     family, keep_norm, build_model, tmp_path
 ):
     model = build_model(family, dtype=torch.float32)
-    edit = _edit(model, keep_norm)
+    edit = mixed_edit(model, keep_norm)
     apply_to_checkpoint(_save(model, tmp_path / "source"), edit, tmp_path / "output")
     original = {name: p.clone() for name, p in model.named_parameters()}
     loaded = type(model).from_pretrained(tmp_path / "output", dtype=torch.float32)
@@ -113,7 +90,7 @@ def test_the_edited_files_hold_what_the_edit_in_memory_gives_bit_for_bit(
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_in_float64_files_and_memory_agree_within_rounding(family, build_model, tmp_path):
     model = build_model(family)
-    edit = _edit(model)
+    edit = mixed_edit(model)
     written = apply_to_checkpoint(_save(model, tmp_path / "source"), edit, tmp_path / "output")
     loaded = type(model).from_pretrained(tmp_path / "output", dtype=torch.float64)
     before = {
@@ -138,7 +115,7 @@ def test_16_bit_files_keep_their_type_and_lose_the_direction_up_to_rounding(
     dtype, build_model, tmp_path
 ):
     model = build_model("qwen3_moe", dtype=dtype)
-    edit = _edit(model)
+    edit = mixed_edit(model)
     written = apply_to_checkpoint(_save(model, tmp_path / "source"), edit, tmp_path / "output")
     loaded = type(model).from_pretrained(tmp_path / "output", dtype=dtype)
     _edit_in_memory(model, edit)
@@ -160,7 +137,7 @@ def test_what_the_edit_does_not_name_stays_as_it_is_byte_for_byte(
     (source / "extra").mkdir()
     (source / "extra" / "template.jinja").write_text("{{ x }}", encoding="utf-8")
     before = _bytes(source)
-    edit = _edit(model)
+    edit = mixed_edit(model)
     apply_to_checkpoint(source, edit, output)
     after = _bytes(output)
     assert _bytes(source) == before
@@ -179,7 +156,7 @@ def test_what_the_edit_does_not_name_stays_as_it_is_byte_for_byte(
 
 def test_layer_1_is_not_taken_for_layer_10(build_model, tmp_path):
     model = build_model("llama", dtype=torch.float32, num_hidden_layers=11)
-    edit = _edit(model)
+    edit = mixed_edit(model)
     strengths = {name: (0.0,) if ".layers.1." in name else (1.0,) for name in edit.removals}
     removals = {name: Removal(("direction",), strengths[name]) for name in edit.removals}
     edit = dataclasses.replace(edit, removals=removals)
@@ -192,7 +169,7 @@ def test_layer_1_is_not_taken_for_layer_10(build_model, tmp_path):
 
 def test_a_file_without_edited_tensors_is_linked_and_an_edited_one_never(source, tmp_path):
     folder, model = source
-    edit = _edit(model)
+    edit = mixed_edit(model)
     apply_to_checkpoint(folder, edit, tmp_path / "output")
     names = {f"{name}.weight" for name in edit.removals}
     shared = 0
@@ -210,8 +187,8 @@ def test_links_of_the_hubs_cache_are_followed(source, tmp_path):
     snapshot.mkdir()
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(path)
-    apply_to_checkpoint(folder, _edit(model), tmp_path / "one")
-    apply_to_checkpoint(snapshot, _edit(model), tmp_path / "other")
+    apply_to_checkpoint(folder, mixed_edit(model), tmp_path / "one")
+    apply_to_checkpoint(snapshot, mixed_edit(model), tmp_path / "other")
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "other")
     assert not any(path.is_symlink() for path in (tmp_path / "other").iterdir())
 
@@ -219,7 +196,7 @@ def test_links_of_the_hubs_cache_are_followed(source, tmp_path):
 def test_a_clone_patched_in_place_gives_the_same_bytes_as_a_copy(source, tmp_path, monkeypatch):
     """Stands in for a file system that shares blocks: the clone is there whole before anything is edited."""
     folder, model = source
-    apply_to_checkpoint(folder, _edit(model), tmp_path / "copied")
+    apply_to_checkpoint(folder, mixed_edit(model), tmp_path / "copied")
 
     def clone(file, request, descriptor):
         if request != streaming.FICLONE:
@@ -227,7 +204,7 @@ def test_a_clone_patched_in_place_gives_the_same_bytes_as_a_copy(source, tmp_pat
         os.pwrite(file.fileno(), os.pread(descriptor, 1 << 30, 0), 0)
 
     monkeypatch.setattr(streaming.fcntl, "ioctl", clone)
-    apply_to_checkpoint(folder, _edit(model), tmp_path / "cloned")
+    apply_to_checkpoint(folder, mixed_edit(model), tmp_path / "cloned")
     assert _bytes(tmp_path / "copied") == _bytes(tmp_path / "cloned")
 
 
@@ -240,7 +217,7 @@ def test_a_stopped_run_is_gone_on_with_and_does_nothing_twice(
     source, output, edit = (
         _save(model, tmp_path / "source", shard_size),
         tmp_path / "o",
-        _edit(model),
+        mixed_edit(model),
     )
     apply_to_checkpoint(source, edit, tmp_path / "whole")
     edited: list[str] = []
@@ -269,7 +246,7 @@ def test_a_stopped_run_is_gone_on_with_and_does_nothing_twice(
 
 def test_a_partial_folder_of_another_edit_is_not_gone_on_with(source, tmp_path, monkeypatch):
     folder, model = source
-    other = _edit(model, "column")
+    other = mixed_edit(model, "column")
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -278,8 +255,8 @@ def test_a_partial_folder_of_another_edit_is_not_gone_on_with(source, tmp_path, 
         patch.setattr(streaming, "_require_change", stop)
         with pytest.raises(KeyboardInterrupt):
             apply_to_checkpoint(folder, other, tmp_path / "output")
-    apply_to_checkpoint(folder, _edit(model), tmp_path / "output")
-    apply_to_checkpoint(folder, _edit(model), tmp_path / "fresh")
+    apply_to_checkpoint(folder, mixed_edit(model), tmp_path / "output")
+    apply_to_checkpoint(folder, mixed_edit(model), tmp_path / "fresh")
     assert _bytes(tmp_path / "output") == _bytes(tmp_path / "fresh")
 
 
@@ -287,7 +264,7 @@ def test_after_a_crash_of_the_machine_only_finished_files_are_believed(
     source, tmp_path, monkeypatch
 ):
     folder, model = source
-    edit = _edit(model)
+    edit = mixed_edit(model)
     apply_to_checkpoint(folder, edit, tmp_path / "fresh")
     own, seen = streaming._edit_tensor, []
 
@@ -324,16 +301,16 @@ def test_two_processes_do_not_work_in_one_folder(source, tmp_path):
     with (partial / "journal.jsonl").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is at work"):
-            apply_to_checkpoint(folder, _edit(model), tmp_path / "output")
+            apply_to_checkpoint(folder, mixed_edit(model), tmp_path / "output")
 
 
 def test_tied_embeddings_are_left_alone_and_an_edit_of_them_is_refused(build_model, tmp_path):
     model = build_model("llama", dtype=torch.float32, tie_word_embeddings=True)
-    source, edit = _save(model, tmp_path / "source"), _edit(model)
+    source, edit = _save(model, tmp_path / "source"), mixed_edit(model)
     apply_to_checkpoint(source, edit, tmp_path / "output")
     name = "model.embed_tokens.weight"
     assert torch.equal(_tensors(source)[name], _tensors(tmp_path / "output")[name])
-    wrong = _edit(build_model("llama"))
+    wrong = mixed_edit(build_model("llama"))
     with pytest.raises(InputError, match="also uses as its unembedding"):
         apply_to_checkpoint(source, wrong, tmp_path / "other")
 
@@ -344,7 +321,7 @@ def test_an_addition_goes_into_the_bias_where_there_is_one_and_beside_the_weight
     model = build_model("llama", dtype=torch.float32, attention_bias=True)
     o_proj, down_proj = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
     additions = {o_proj: Addition("second", 2.5), down_proj: Addition("second", -1.0)}
-    edit = _edit(model, additions=additions)
+    edit = mixed_edit(model, additions=additions)
     apply_to_checkpoint(_save(model, tmp_path / "source"), edit, tmp_path / "output")
     basis, strengths = edit.basis(o_proj), edit.strengths(o_proj)
     bias = edited_bias(model.get_submodule(o_proj).bias, basis, strengths).double()
@@ -367,7 +344,7 @@ def test_behind_a_norm_or_a_router_a_bias_holds_no_addition(family, options, bui
         for w in find_writers(model)
         if w.bias is not None and (w.post_norm is not None or w.layout == "experts_transposed")
     )
-    edit = _edit(model, removals={}, additions={writer.name: Addition("direction", 1.0)})
+    edit = mixed_edit(model, removals={}, additions={writer.name: Addition("direction", 1.0)})
     apply_to_checkpoint(_save(model, tmp_path / "source"), edit, tmp_path / "output")
     old, new = _tensors(tmp_path / "source"), _tensors(tmp_path / "output")
     assert all(torch.equal(old[name], new[name]) for name in old)
@@ -392,7 +369,7 @@ def test_the_writers_read_off_the_files_are_those_of_the_model(family, build_mod
 
 def test_the_wrong_side_of_a_square_weight_gives_other_files(source, tmp_path, monkeypatch):
     folder, model = source
-    edit = _edit(model)
+    edit = mixed_edit(model)
     right = apply_to_checkpoint(folder, edit, tmp_path / "right")
     own = streaming._edit_tensor
 
@@ -412,7 +389,7 @@ def test_the_wrong_side_of_a_square_weight_gives_other_files(source, tmp_path, m
 
 def test_a_skipped_expert_shows_in_what_is_left(build_model, tmp_path, monkeypatch):
     model = build_model("mixtral", dtype=torch.float32)
-    edit = _edit(model)
+    edit = mixed_edit(model)
     edit = dataclasses.replace(
         edit, removals=dict.fromkeys(edit.removals, Removal(("direction",), (1.0,)))
     )
@@ -440,7 +417,7 @@ def test_a_weight_that_does_not_change_is_reported_and_nothing_appears(build_mod
         model.model.layers[1].mlp.down_proj.weight.zero_()
     source = _save(model, tmp_path / "source")
     with pytest.raises(StageError, match=r"model\.layers\.1\.mlp\.down_proj did not change"):
-        apply_to_checkpoint(source, _edit(model), tmp_path / "output")
+        apply_to_checkpoint(source, mixed_edit(model), tmp_path / "output")
     assert not (tmp_path / "output").exists()
 
 
@@ -465,7 +442,7 @@ def test_an_edit_of_another_depth_or_width_is_refused(
     options, match, source, build_model, tmp_path
 ):
     folder, _ = source
-    edit = _edit(build_model("llama", **options))
+    edit = mixed_edit(build_model("llama", **options))
     if "hidden_size" in options:
         edit = dataclasses.replace(edit, vectors={n: torch.ones(64).double() for n in edit.vectors})
     _refused(folder, edit, tmp_path / "output", match)
@@ -473,14 +450,14 @@ def test_an_edit_of_another_depth_or_width_is_refused(
 
 def test_an_edit_of_another_family_is_refused(source, build_model, tmp_path):
     folder, model = source
-    _refused(folder, _edit(build_model("mixtral")), tmp_path / "output", "do not hold")
-    named = _edit(model, about={"model_type": "mistral"})
+    _refused(folder, mixed_edit(build_model("mixtral")), tmp_path / "output", "do not hold")
+    named = mixed_edit(model, about={"model_type": "mistral"})
     _refused(folder, named, tmp_path / "output", "for the architecture 'mistral', this is 'llama'")
 
 
 def test_a_writer_that_the_edit_does_not_know_is_refused(source, tmp_path):
     folder, model = source
-    edit = _edit(model)
+    edit = mixed_edit(model)
     removals = dict(edit.removals)
     removals.pop("model.layers.1.mlp.down_proj")
     edit = dataclasses.replace(edit, removals=removals)
@@ -497,7 +474,7 @@ def test_a_checkpoint_that_lacks_a_writers_tensor_is_refused(name, build_model, 
     gone = next(each for each in tensors if "layers.1." in each and name in each)
     del tensors[gone]
     save_file(tensors, source / "model.safetensors")
-    _refused(source, _edit(model), tmp_path / "output", "incomplete")
+    _refused(source, mixed_edit(model), tmp_path / "output", "incomplete")
 
 
 def test_a_quantized_checkpoint_is_refused(source, tmp_path):
@@ -505,7 +482,7 @@ def test_a_quantized_checkpoint_is_refused(source, tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "mxfp4"}
     (folder / "config.json").write_text(json.dumps(settings))
-    _refused(folder, _edit(model), tmp_path / "output", "is quantized")
+    _refused(folder, mixed_edit(model), tmp_path / "output", "is quantized")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
@@ -516,7 +493,7 @@ def test_a_packed_tensor_is_refused(dtype, build_model, tmp_path):
     name = "model.layers.2.mlp.down_proj.weight"
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, source / "model.safetensors")
-    _refused(source, _edit(model), tmp_path / "output", "packed or quantized")
+    _refused(source, mixed_edit(model), tmp_path / "output", "packed or quantized")
 
 
 def test_damaged_and_missing_files_are_refused(source, tmp_path):
@@ -531,10 +508,10 @@ def test_damaged_and_missing_files_are_refused(source, tmp_path):
         shard.unlink()
         if damaged is not None:
             shard.write_bytes(damaged)
-        _refused(folder, _edit(model), tmp_path / "output", match)
+        _refused(folder, mixed_edit(model), tmp_path / "output", match)
         shard.write_bytes(content)
     (folder / "model.safetensors.index.json").unlink()
-    _refused(folder, _edit(model), tmp_path / "output", "neither")
+    _refused(folder, mixed_edit(model), tmp_path / "output", "neither")
 
 
 def test_an_output_that_is_in_use_is_refused_and_stays(source, tmp_path):
@@ -542,7 +519,7 @@ def test_an_output_that_is_in_use_is_refused_and_stays(source, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "notes").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="exists already"):
-        apply_to_checkpoint(folder, _edit(model), tmp_path / "output")
+        apply_to_checkpoint(folder, mixed_edit(model), tmp_path / "output")
     with pytest.raises(InputError, match="own folder"):
-        apply_to_checkpoint(folder, _edit(model), folder / "output")
+        apply_to_checkpoint(folder, mixed_edit(model), folder / "output")
     assert (tmp_path / "output" / "notes").read_text(encoding="utf-8") == "mine"

@@ -11,33 +11,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from common.architecture import find_writers
-from common.edits import Addition, Edit, Removal, apply_to_weights
+from common.edits import Addition, apply_to_weights
 from common.errors import InputError
 from common.hooks import applied_by_hooks
 from common.lora import save_adapter
 from tests.conftest import FAMILIES
+from tests.editing import mixed_edit
 
 IDS = torch.tensor([[0, 40, 41, 99, 120, 7, 200, 33, 64, 65, 3, 90, 17, 18, 19, 20]])
-DIMENSIONS = 32
 # The only switch PEFT has for biases replaces the model's own while the adapter is loaded, on or off.
 REPLACES_BIASES = ("gpt2", "gpt_neox", "gpt_oss")
-
-
-def _edit(model, keep_norm="none", **fields):
-    generator = torch.Generator().manual_seed(3)
-    square = torch.randn(DIMENSIONS, 2, generator=generator, dtype=torch.float64)
-    first, second = torch.linalg.qr(square)[0].T.contiguous()
-    removals, left_alone = {}, {}
-    for number, writer in enumerate(find_writers(model)):
-        if writer.tied:
-            left_alone[writer.name] = "tied"
-        elif number % 2:
-            removals[writer.name] = Removal(("direction", "second"), (1.0, 0.6), keep_norm)
-        else:
-            removals[writer.name] = Removal(("direction",), (1.0,), keep_norm)
-    parts = {"removals": removals, "additions": {}, "left_alone": left_alone, "about": {}}
-    return Edit({"direction": first, "second": second}, **{**parts, **fields})
 
 
 def _adapted(model, edit, folder):
@@ -55,7 +38,7 @@ def test_adapter_hooks_and_weights_give_the_same_residual_stream(
     family, build_model, read_stream, tmp_path
 ):
     model = build_model(family)
-    edit = _edit(model)
+    edit = mixed_edit(model)
     before = read_stream(model, IDS)[-1]
     with applied_by_hooks(model, edit):
         hooked = read_stream(model, IDS)[-1]
@@ -80,7 +63,7 @@ def test_biases_and_additions_to_them_are_in_the_adapter(
     """All modules linear with biases takes PEFT's `lora_bias`; otherwise the edited biases themselves."""
     model = build_model("llama", tie_word_embeddings=tied, **options)
     additions = {"model.layers.1.self_attn.o_proj": Addition("second", 3.0)}
-    edit = _edit(model, additions=additions)
+    edit = mixed_edit(model, additions=additions)
     with applied_by_hooks(model, edit):
         hooked = read_stream(model, IDS)[-1]
     adapted = _adapted(model, edit, tmp_path)
@@ -97,7 +80,7 @@ def test_disabled_the_adapter_leaves_the_model_as_it_was(
 ):
     model = build_model(family)
     before = read_stream(model, IDS)[-1]
-    adapted = _adapted(model, _edit(model), tmp_path)
+    adapted = _adapted(model, mixed_edit(model), tmp_path)
     with adapted.disable_adapter():
         torch.testing.assert_close(read_stream(adapted.get_base_model(), IDS)[-1], before)
 
@@ -105,7 +88,7 @@ def test_disabled_the_adapter_leaves_the_model_as_it_was(
 def test_a_wrong_side_in_the_adapter_is_seen(build_model, read_stream, tmp_path):
     """Mutation: the factors of a square weight swapped keep all shapes."""
     model = build_model("llama")
-    edit = _edit(model)
+    edit = mixed_edit(model)
     with applied_by_hooks(model, edit):
         hooked = read_stream(model, IDS)[-1]
     _adapted(model, edit, tmp_path)
@@ -125,7 +108,7 @@ def test_the_rank_is_the_number_of_vectors_and_the_same_edit_gives_the_same_byte
     model = build_model("mixtral", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
     for name in ("one", "other"):
-        save_adapter(tmp_path / "source", _edit(model), tmp_path / name, "owner/model")
+        save_adapter(tmp_path / "source", mixed_edit(model), tmp_path / name, "owner/model")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
     settings = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
@@ -139,21 +122,21 @@ def test_the_rank_is_the_number_of_vectors_and_the_same_edit_gives_the_same_byte
 def test_an_edit_that_keeps_norms_has_no_adapter_form(keep_norm, build_model, tmp_path):
     model = build_model("llama")
     with pytest.raises(InputError, match=r"keeps the norms .* full rank"):
-        _adapted(model, _edit(model, keep_norm), tmp_path)
+        _adapted(model, mixed_edit(model, keep_norm), tmp_path)
     assert not (tmp_path / "adapter").exists()
 
 
 def test_an_addition_without_a_bias_has_no_adapter_form(build_model, tmp_path):
     model = build_model("llama")
-    edit = _edit(model, additions={"model.layers.1.mlp.down_proj": Addition("second", 1.0)})
+    edit = mixed_edit(model, additions={"model.layers.1.mlp.down_proj": Addition("second", 1.0)})
     with pytest.raises(InputError, match="no bias that could hold it"):
         _adapted(model, edit, tmp_path)
 
 
 def test_an_output_in_use_and_an_edit_of_another_model_are_refused(build_model, tmp_path):
     model = build_model("llama")
-    _adapted(model, _edit(model), tmp_path)
+    _adapted(model, mixed_edit(model), tmp_path)
     with pytest.raises(InputError, match="exists already"):
-        save_adapter(tmp_path / "source", _edit(model), tmp_path / "adapter")
+        save_adapter(tmp_path / "source", mixed_edit(model), tmp_path / "adapter")
     with pytest.raises(InputError, match="do not hold"):
-        save_adapter(tmp_path / "source", _edit(build_model("mixtral")), tmp_path / "other")
+        save_adapter(tmp_path / "source", mixed_edit(build_model("mixtral")), tmp_path / "other")

@@ -465,6 +465,7 @@ def test_a_folder_is_not_a_recipe(tmp_path):
 def test_an_unreadable_file_is_one_clean_message(recipe_file):
     recipe_file.chmod(0)
     if os.access(recipe_file, os.R_OK):
+        # The superuser's rights are not taken away by a file's mode: there is no such file to try.
         pytest.skip("this user reads everything")
     [problem] = problems_of(recipe_file)
     assert "cannot be read" in problem
