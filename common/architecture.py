@@ -52,6 +52,8 @@ class Writer:
     per_expert: str | None = None
 
 
+# In every mapped family the MLP of a block, router and experts included, is this one module.
+MLP_MODULE = "mlp"
 TOKENS = Writer("embed_tokens", "embedding", layout="embedding")
 
 

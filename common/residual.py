@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from common import chat
-from common.architecture import find_blocks
+from common.architecture import MLP_MODULE, find_blocks
 
 # Keys and values [1, heads, length, head size] of each block but the last.
 Opening = list[tuple[Tensor, Tensor]]
@@ -33,7 +33,8 @@ def read(
 ) -> Tensor:
     """Read resid_pre of every block at the last positions, and compute nothing that they do not need.
 
-    The pass ends at the last block: neither that block nor the final norm and the unembedding run.
+    The pass ends at the last block: neither that block nor the final norm and the unembedding run. The MLP of the
+    block before it works on the positions that are read, since nothing reads the others any more.
 
     Args:
         model: a causal language model.
@@ -61,7 +62,7 @@ def read(
                 keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1), block
             )
         mask = torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], dim=1)
-    with reading(model, num_positions) as streams:
+    with reading(model, num_positions) as streams, _last_mlp_at(model, num_positions):
         _run_blocks(model, ids, mask, cache)
     return torch.stack([stream.to(ids.device) for stream in streams], dim=1)
 
@@ -107,6 +108,31 @@ def _run_blocks(
             )
     finally:
         handle.remove()
+
+
+@contextmanager
+def _last_mlp_at(model: PreTrainedModel, num_positions: int) -> Iterator[None]:
+    """Let the MLP of the last block that `_run_blocks` runs compute the last positions only; the others get zeros."""
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        lengths.append(args[0].shape[1])
+        return tuple(arg[:, -num_positions:].contiguous() for arg in args)
+
+    def fill(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> Any:  # noqa: ANN401  # torch's hook type
+        if isinstance(output, tuple):  # with the router's scores behind it
+            return (fill(_module, _args, output[0]), *output[1:])
+        return nn.functional.pad(output, (0, 0, lengths.pop() - output.shape[1], 0))
+
+    lengths: list[int] = []
+    handles = []
+    for block in find_blocks(model)[-2:-1]:
+        mlp = block.get_submodule(MLP_MODULE)
+        handles += [mlp.register_forward_pre_hook(keep), mlp.register_forward_hook(fill)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
