@@ -78,10 +78,10 @@ def edit_of(
         return found
     name, vector = _choose(path, found, layer)
     checkpoint = open_checkpoint(model)
-    if len(vector) != checkpoint.d_model:
+    if len(vector) != checkpoint.facts.d_model:
         raise InputError(
             f"{path} holds a direction of {len(vector)} numbers, but the residual stream of {model} has d_model "
-            f"{checkpoint.d_model}; it was measured on another model"
+            f"{checkpoint.facts.d_model}; it was measured on another model"
         )
     if strength is not None and not 0 < strength < math.inf:
         raise InputError(
@@ -89,7 +89,7 @@ def edit_of(
         )
     settings = Orthogonalize(name="orthogonalize", strength=1.0 if strength is None else strength)
     about = {"layer": name, "edit": settings.name, "strength": settings.strength}
-    about |= {"model_type": checkpoint.config.model_type, **(about_of(path) or {})}
+    about |= {"model_type": checkpoint.facts.model_type, **(about_of(path) or {})}
     direction = Direction(vector[None], 0, torch.zeros(1, len(vector), dtype=torch.float64))
     return orthogonalize.build(direction, placed_writers(checkpoint), settings, about)
 

@@ -5,16 +5,20 @@ accelerate's PartialState, so the same code runs in one process and in many.
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 
 from common.errors import InputError
+
+if (
+    TYPE_CHECKING
+):  # imported where it is used: commands that need one process only are not to wait for it
+    from accelerate import PartialState
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,7 +27,7 @@ Result = TypeVar("Result")
 TIMEOUT = timedelta(days=7)
 
 
-def start(expected: int | None = None) -> PartialState:
+def start(expected: int | None = None) -> "PartialState":
     """Join the other processes of this launch, on the GPU where there is one.
 
     Args:
@@ -32,6 +36,8 @@ def start(expected: int | None = None) -> PartialState:
     Raises:
         InputError: if there are fewer processes than the launcher or the recipe asked for.
     """
+    from accelerate import PartialState  # noqa: PLC0415
+
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         # `accelerate launch --cpu --num_processes 2` starts one process only, and says nothing.
         raise InputError(
@@ -55,16 +61,14 @@ def start(expected: int | None = None) -> PartialState:
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return (
-        PartialState().process_index
-        if PartialState._shared_state
-        else int(os.environ.get("RANK", "0"))
-    )
+    state = _state()
+    return state.process_index if state is not None else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return PartialState().num_processes if PartialState._shared_state else 1
+    state = _state()
+    return state.num_processes if state is not None else 1
 
 
 def is_main() -> bool:
@@ -74,16 +78,15 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The device of this process."""
-    chosen: torch.device = (
-        PartialState().device if PartialState._shared_state else torch.device("cpu")
-    )
-    return chosen
+    state = _state()
+    return state.device if state is not None else torch.device("cpu")
 
 
 def barrier() -> None:
     """Wait for the other processes."""
-    if world_size() > 1:
-        PartialState().wait_for_everyone()
+    state = _state()
+    if state is not None:
+        state.wait_for_everyone()
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,6 +101,8 @@ def broadcast(value: Item) -> Item:
     """The main process's value, on every process."""
     if world_size() == 1:
         return value
+    from accelerate.utils import broadcast_object_list  # noqa: PLC0415
+
     values = [value]
     broadcast_object_list(values, from_process=0)
     return values[0]
@@ -117,12 +122,23 @@ def share(
     """
     if world_size() == 1:
         return list(work(items))
+    from accelerate.utils import gather_object  # noqa: PLC0415
+
     mine = items[rank() :: world_size()]
     parts: list[list[Result]] = gather_object([list(work(mine))])
     results: list[Result | None] = [None] * len(items)
     for process, part in enumerate(parts):
         results[process :: world_size()] = part
     return results  # type: ignore[return-value]  # every place is filled: the strides cover all items
+
+
+def _state() -> "PartialState | None":
+    """The launch as accelerate knows it, if somebody has joined it: until then accelerate may not even be imported."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None or not accelerate.PartialState._shared_state:
+        return None
+    state: PartialState = accelerate.PartialState()
+    return state
 
 
 def _launched_with_others() -> bool:

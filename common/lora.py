@@ -200,7 +200,7 @@ def _read(placed: Placed, buffer: Tensor) -> Tensor:
 
 def _removed(checkpoint: Checkpoint, edit: Edit, name: str) -> tuple[Tensor, Tensor]:
     """The vectors [rank, d_model] that are removed from a writer and their strengths [rank]; zeros fill them up."""
-    basis = torch.zeros(_rank(edit), checkpoint.d_model, dtype=torch.float64)
+    basis = torch.zeros(_rank(edit), checkpoint.facts.d_model, dtype=torch.float64)
     strengths = torch.zeros(_rank(edit), dtype=torch.float64)
     if name in edit.removals:
         own = edit.basis(name)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig
 
 from common.architecture import (
     Architecture,
@@ -51,32 +50,39 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What an edit has to know of a model's configuration.
+
+    Attributes:
+        model_type: its family.
+        num_blocks: how many blocks it has.
+        d_model: width of the residual stream.
+        is_tied: whether its embedding is its unembedding.
+    """
+
+    model_type: str
+    num_blocks: int
+    d_model: int
+    is_tied: bool
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model folder whose weights are known by their headers.
 
     Attributes:
         folder: where it lies.
-        config: its configuration.
+        facts: from its configuration.
         architecture: its family's map.
         shards: its weight files.
         writers: the stored tensors of every writer of the model, by the writer's name in memory.
     """
 
     folder: Path
-    config: Any
+    facts: Facts
     architecture: Architecture
     shards: list[Shard]
     writers: Mapping[str, list[Placed]]
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks the model has."""
-        return int(self.config.get_text_config().num_hidden_layers)
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return int(self.config.get_text_config().hidden_size)
 
     def weights(self, writer: str) -> list[Placed]:
         """The tensors that hold a writer's weight: one, or one per expert in their order."""
@@ -106,30 +112,61 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: if it is no model folder, its family is not mapped, it is quantized, or a file is damaged.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(
-            f"model: {folder} has no readable config.json ({first}); name a complete model folder"
-        ) from error
-    _require_plain(folder)
-    architecture = architecture_of(config.model_type)
+    raw = _read_config(folder)
+    _require_plain(folder, raw)
+    facts = _facts(folder, raw)
+    architecture = architecture_of(facts.model_type)
     shards = read_shards(folder)
-    blocks = int(config.get_text_config().num_hidden_layers)
     writers: dict[str, list[Placed]] = {}
     for shard in shards:
         for stored in shard.tensors:
             place = on_disk(architecture, stored.name)
             # Blocks beyond the last predict several tokens ahead; the model does not load them.
-            if place is not None and _block(architecture, place.writer) < blocks:
+            if place is not None and _block(architecture, place.writer) < facts.num_blocks:
                 writers.setdefault(place.writer, []).append(Placed(shard, stored, place))
-    return Checkpoint(folder, config, architecture, shards, writers)
+    return Checkpoint(folder, facts, architecture, shards, writers)
 
 
-def _require_plain(folder: Path) -> None:
-    # Read as JSON: what transformers makes of a quantized configuration depends on the libraries installed.
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    if not isinstance(raw, dict):
+        raise _unreadable(folder, f"it holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def _unreadable(folder: Path, why: object) -> InputError:
+    first = (str(why).splitlines() or [""])[0][:200]
+    return InputError(
+        f"model: {folder} has no readable config.json ({first}); name a complete model folder"
+    )
+
+
+def _facts(folder: Path, raw: Mapping[str, Any]) -> Facts:
+    """The facts as the file states them; what it leaves out only transformers' class of the family knows."""
+    names = ("model_type", "num_hidden_layers", "hidden_size", "tie_word_embeddings")
+    if "text_config" not in raw and all(raw.get(name) is not None for name in names):
+        return Facts(*(raw[name] for name in names))
+    # Here, since importing it takes as long as editing some gigabytes.
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    text = config.get_text_config()
+    return Facts(
+        config.model_type,
+        text.num_hidden_layers,
+        text.hidden_size,
+        bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _require_plain(folder: Path, raw: Mapping[str, Any]) -> None:
+    # Of the file itself: what transformers makes of a quantized configuration depends on the libraries installed.
     parts = [raw, *(value for value in raw.values() if isinstance(value, dict))]
     if any(part.get("quantization_config") for part in parts):
         raise InputError(
@@ -155,19 +192,19 @@ def require_fit(checkpoint: Checkpoint, edit: Edit) -> None:
 
 def _problems(checkpoint: Checkpoint, edit: Edit) -> Iterator[str]:
     made_for = edit.about.get("model_type")
-    if made_for not in (None, checkpoint.config.model_type):
+    if made_for not in (None, checkpoint.facts.model_type):
         yield (
-            f"the edit was made for the architecture {made_for!r}, this is {checkpoint.config.model_type!r}; it "
+            f"the edit was made for the architecture {made_for!r}, this is {checkpoint.facts.model_type!r}; it "
             "fits only the architecture it was made for"
         )
     widths = sorted({len(vector) for vector in edit.vectors.values()})
-    if widths != [checkpoint.d_model]:
+    if widths != [checkpoint.facts.d_model]:
         yield (
             f"the edit's vectors have {', '.join(map(str, widths))} numbers, but the residual stream of this model "
-            f"has d_model {checkpoint.d_model}; the edit was made for another model"
+            f"has d_model {checkpoint.facts.d_model}; the edit was made for another model"
         )
     yield from _naming_problems(checkpoint, edit)
-    if checkpoint.architecture.embedding in edit.removals and _is_tied(checkpoint.config):
+    if checkpoint.architecture.embedding in edit.removals and checkpoint.facts.is_tied:
         yield (
             f"the edit changes {checkpoint.architecture.embedding}, which this model also uses as its unembedding; "
             "make the edit from this model, and it leaves tied embeddings alone"
@@ -179,10 +216,10 @@ def _problems(checkpoint: Checkpoint, edit: Edit) -> Iterator[str]:
 def _naming_problems(checkpoint: Checkpoint, edit: Edit) -> Iterator[str]:
     named = {*edit.removals, *edit.additions, *edit.left_alone}
     blocks = 1 + max(_block(checkpoint.architecture, name) for name in named) if named else 0
-    if edit.removals and blocks not in (0, checkpoint.num_blocks):
+    if edit.removals and blocks not in (0, checkpoint.facts.num_blocks):
         yield (
-            f"the edit was made for {blocks} layers, this model has {checkpoint.num_blocks}; an edit fits only the "
-            "depth it was made for"
+            f"the edit was made for {blocks} layers, this model has {checkpoint.facts.num_blocks}; an edit fits only "
+            "the depth it was made for"
         )
     missing = sorted(name for name in named if not checkpoint.writers.get(name))
     if missing:
@@ -210,10 +247,10 @@ def _storage_problems(checkpoint: Checkpoint, name: str) -> Iterator[str]:
             )
         axis = STREAM_AXIS[each.place.layout] if each.place.part == "weight" else -1
         shape = each.stored.shape
-        if len(shape) < -axis or shape[axis] != checkpoint.d_model:
+        if len(shape) < -axis or shape[axis] != checkpoint.facts.d_model:
             yield (
                 f"{each.stored.name} has shape {list(shape)}, which does not write to a stream of d_model "
-                f"{checkpoint.d_model} as {each.place.layout}; correct common/architecture.py"
+                f"{checkpoint.facts.d_model} as {each.place.layout}; correct common/architecture.py"
             )
     experts = [placed.place.expert for placed in weights]
     wanted = (
@@ -232,10 +269,6 @@ def _num_experts(checkpoint: Checkpoint) -> int:
         placed.place.expert or 0 for stored in checkpoint.writers.values() for placed in stored
     ]
     return 1 + max(numbers)
-
-
-def _is_tied(config: Any) -> bool:  # noqa: ANN401  # each family has a class of its own
-    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _some(names: list[str]) -> str:
@@ -291,7 +324,7 @@ def _place(checkpoint: Checkpoint, name: str) -> PlacedWriter:
         kind.bias,
         _read_norm(checkpoint, name, kind.post_norm) if kind.post_norm is not None else None,
         checkpoint.architecture.norm_gain_offset,
-        tied=name == checkpoint.architecture.embedding and _is_tied(checkpoint.config),
+        tied=name == checkpoint.architecture.embedding and checkpoint.facts.is_tied,
     )
 
 
