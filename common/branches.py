@@ -185,7 +185,7 @@ def _inputs(
     """What the model reads: rows of branches, or every continuation in a row of its own."""
     if how == "packed":
         packed = pack(rows, pad_id, model.device)
-        return packed, _masks(model, packed)
+        return packed, attention_masks(model, packed)
     packed = pack([single for row in rows for single in row.apart()], pad_id, model.device)
     # No word on padding: it stands behind the rows, and causal layers of any kind never look ahead.
     return packed, torch.ones_like(packed.input_ids)
@@ -211,8 +211,8 @@ def _logps(model: PreTrainedModel, packed: Packed, masks: Masks) -> Tensor:
     return wide.gather(-1, targets).squeeze(-1) - wide.logsumexp(dim=-1)
 
 
-def _masks(model: PreTrainedModel, packed: Packed) -> Masks:
-    """The masks in the form that the model takes: one, or one per type of layer."""
+def attention_masks(model: PreTrainedModel, packed: Packed) -> Masks:
+    """The masks of packed rows in the form that a model takes: one, or one per type of layer."""
     config = _text_config(model)
 
     def taken(window: int | None) -> Tensor:
@@ -299,7 +299,7 @@ def _measured_obstacle(model: PreTrainedModel, num_rows: int) -> str | None:
         plain = _logps(model, *_inputs(model, rows, 0, "plain"))
         packed, masks = _inputs(model, rows, 0, "packed")
         merged = replace(packed, branch_ids=packed.branch_ids.clamp_max(PROMPT + 1))
-        found, wrong = (_logps(model, packed, m) for m in (masks, _masks(model, merged)))
+        found, wrong = (_logps(model, packed, m) for m in (masks, attention_masks(model, merged)))
     difference, yardstick = (float((logps - plain).abs().mean()) for logps in (found, wrong))
     if difference <= TOLERANCE * yardstick:  # not so for NaN
         return None

@@ -726,6 +726,10 @@ class TrainSection(Section):
         default={"r": 16, "lora_alpha": 32},
         description="peft.LoraConfig by its own names; null: train all weights.",
     )
+    engine: Literal["shared", "trl"] = Field(
+        default="shared",
+        description="shared: the prompt of a pair is read once for both answers, with the same result; trl: twice.",
+    )
     global_batch_size: Count = Field(
         default=32, description="Pairs per optimizer step over all ranks, however many there are."
     )

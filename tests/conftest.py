@@ -229,6 +229,14 @@ def _config(family: str, values: dict[str, Any]) -> Any:  # each family has a cl
     return AutoConfig.for_model(family, text_config=text, **outer)
 
 
+@pytest.fixture
+def in_float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, softmax and rotations that ask for float32 get float64, so that nothing is rounded away."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 @pytest.fixture(scope="session")
 def model_folder(
     build_model: Callable[..., PreTrainedModel],

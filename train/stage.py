@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from common import artifacts, distributed
 from common.edits import SIDECAR, load_edit
 from common.errors import InputError
-from common.model import load_model, load_tokenizer, tokenizer_files
+from common.model import identity_files, load_model, load_tokenizer, tokenizer_files
 from common.prompts import check_prompts, load_prompts
 from common.recipe import Recipe
 from common.tracking import tracking_mode
@@ -27,6 +27,7 @@ from train.adapter import build_adapter
 from train.anchors import AnchorBatches
 from train.material import Material, prepare
 from train.progress import StepBar
+from train.references import References
 from train.trainer import HealingTrainer, WeightedAnchor
 
 VERSION = 2
@@ -174,6 +175,8 @@ def _build_trainer(
         else None,
         callbacks=callbacks,
         anchors=_weighted_anchors(recipe, material),
+        share_prompts=recipe.train.engine == "shared",
+        references=_references(recipe, base),
     )
     if recipe.train.keep_ablated == "hard" and recipe.train.adapter is not None:
         trainer.add_callback(
@@ -184,6 +187,23 @@ def _build_trainer(
     trainer.add_callback(StepBar())
     _log_plan(trainer, material)
     return trainer
+
+
+def _references(recipe: Recipe, base: Path) -> References:
+    """The folder of what was computed under this reference, by whomever: see `train.references`."""
+    store = artifacts.Store(Path(recipe.output_dir))
+    trainer = recipe.train.trainer
+    files = identity_files(base)
+    model = distributed.broadcast(store.hash_of_files(files) if distributed.is_main() else "")
+    key = artifacts.hash_data(
+        {
+            "model": model,
+            "dtype": recipe.model.dtype,
+            "engine": recipe.train.engine,
+            **{name: trainer.get(name) for name in ("bf16", "fp16", "ld_alpha")},
+        }
+    )
+    return References(store.root / "references" / key[:24])
 
 
 def _dataset(folder: Path) -> datasets.Dataset:

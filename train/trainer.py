@@ -1,16 +1,22 @@
-"""TRL's DPOTrainer with two additions: anchors beside its loss, and a guard over its reference."""
+"""TRL's DPOTrainer with additions: anchors beside its loss, shared prompts, stored references and a guard over them."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOTrainer
 
+from common import distributed
 from common.errors import StageError
 from train.anchors import AnchorBatches, TeacherRow, anchor_loss
+from train.references import References, pair_key, token_rows
+from train.shared_prompts import PairCollator, SharedPrompts, take_packed
 
 # How far from 0 the first step's mean rewards may be: rounding of two forward passes, times beta.
 REWARD_TOLERANCE = {
@@ -19,6 +25,8 @@ REWARD_TOLERANCE = {
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,40 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
     answer tokens of the step's anchor batch: the same number for any number of processes and accumulation steps.
     """
 
-    def __init__(self, *args: Any, anchors: Sequence[WeightedAnchor] = (), **kwargs: Any) -> None:  # noqa: ANN401  # DPOTrainer's own
-        """Take DPOTrainer's arguments and the anchors."""
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401  # DPOTrainer's own
+        anchors: Sequence[WeightedAnchor] = (),
+        share_prompts: bool = True,
+        references: References | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Take DPOTrainer's arguments and this class's own.
+
+        Args:
+            args: DPOTrainer's.
+            anchors: terms of the loss.
+            share_prompts: read the prompt of a pair once (`train.shared_prompts`) instead of with each answer.
+            references: where reference log-probabilities are kept for other trainings from the same model.
+            kwargs: DPOTrainer's.
+        """
+        self.references = references
+        self.shares_prompts = share_prompts
+        if share_prompts:
+            tokenizer, settings = kwargs["processing_class"], kwargs["args"]
+            kwargs["data_collator"] = PairCollator(
+                pad_token_id=tokenizer.pad_token_id,
+                max_length=settings.max_length,
+                truncation_mode=settings.truncation_mode,
+                pad_to_multiple_of=settings.pad_to_multiple_of,
+            )
         super().__init__(*args, **kwargs)
         self.anchors = anchors
+        if share_prompts and self.aux_loss_enabled and distributed.is_main():
+            logger.info(
+                "train: prompts are read with each answer, since the loss that balances the experts counts them so "
+                "(train.trainer.router_aux_loss_coef: 0 leaves it out)"
+            )
         self._anchored_step, self._micro_step = -1, 0
 
     def compute_loss(
@@ -70,6 +108,48 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         for anchor in self.anchors:
             loss = loss + anchor.weight * self._anchor_term(model, anchor)
         return loss
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:  # noqa: ANN401  # DPOTrainer's
+        """Log-probabilities [pairs] of the chosen and the rejected answers under the reference, for a batch."""
+        return super().compute_ref_log_probs(*self._sharing_prompts(model, inputs))
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:  # noqa: ANN401  # DPOTrainer's
+        return super()._compute_loss(*self._sharing_prompts(model, inputs), return_outputs)
+
+    def _sharing_prompts(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """What TRL's loss calls as its model, and the batch as TRL knows it."""
+        if not self.shares_prompts:
+            return model, inputs
+        rows, packed = take_packed(inputs)
+        if self.aux_loss_enabled:
+            # The balance of experts counts tokens: a prompt read once would count once.
+            return model, rows
+        inner = self.accelerator.unwrap_model(self.model)
+        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+        return SharedPrompts(model, inner, packed), rows
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Add the reference's log-probabilities to a data set; only pairs that nobody has computed are."""
+        if self.references is None:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        cut = (self.args.max_length, self.args.truncation_mode)
+        keys = [pair_key(row, *cut) for row in dataset]
+        known = distributed.broadcast(self.references.read() if distributed.is_main() else {})
+        missing = [index for index, key in enumerate(keys) if key not in known]
+        if missing:
+            # Of similar length together: less padding is read.
+            missing.sort(key=lambda index: sum(map(len, token_rows(dataset[index], *cut))))
+            computed = super()._precompute_ref_logps(dataset.select(missing), name, batch_size)
+            pairs = zip(computed["ref_chosen_logps"], computed["ref_rejected_logps"], strict=True)
+            found = dict(zip((keys[index] for index in missing), pairs, strict=True))
+            if distributed.is_main():
+                self.references.add(found)
+            known |= found
+        for column, side in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            dataset = dataset.add_column(side, [known[key][column] for key in keys])
+        return dataset
 
     def _count_micro_step(self) -> None:
         if self.state.global_step != self._anchored_step:

@@ -73,14 +73,6 @@ ROWS = [
 
 
 @pytest.fixture
-def in_float64_throughout(monkeypatch):
-    """Norms, softmax and rotations that ask for float32 get float64, so that nothing is rounded away."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-@pytest.fixture
 def make(build_model):
     def make(family="llama", implementation="sdpa", **changes):
         model = build_model(family, **{**WINDOWS.get(family, {}), **changes})
@@ -218,7 +210,7 @@ def test_a_wrong_layout_shows_in_the_logits_and_makes_the_plan_plain(
 def test_a_boolean_mask_under_eager_attention_shows(make, monkeypatch) -> None:
     model = make("llama", "eager")
     expected = _alone(model)
-    monkeypatch.setattr(branches, "_masks", lambda _model, packed: packed.mask())
+    monkeypatch.setattr(branches, "attention_masks", lambda _model, packed: packed.mask())
     assert _distance(_packed_logits(model), expected) > 1e-3
     assert plan(model) == "plain"
 
