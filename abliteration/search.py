@@ -30,7 +30,10 @@ RACE = 0.25
 # The share of the trials that is drawn at random before the sampler learns from them.
 RANDOM_SHARE = 0.25
 # The prompts of each heat: all trials run in the first, those in the next that are not beaten by then.
-HEATS = (slice(0, 4), slice(4, 16), slice(16, None))
+HEATS = (slice(0, 4), slice(4, 16), slice(16, 96))
+# Prompts that only finalists are measured on. Those of the heats have been searched on, a hundred times.
+FINAL = slice(96, None)
+NUM_FINALISTS = 12
 # A trial is beaten by one that diverges less than this share of it on the same prompts. A few tokens make most of
 # the divergence, so that a few prompts tell little.
 MARGINS = (0.25, 0.5)
@@ -184,11 +187,29 @@ def search(
 
 
 def judge(trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float) -> list[Trial]:
-    """Let the trials on the front answer the harmful prompts."""
+    """Let the finalists answer the harmful prompts, and measure their divergence on more harmless ones."""
+    last = finalists(done, enough)
+    edits = [make_edit(trial.params) for trial in last]
+    rates, further = trials.refusal_rate(edits), trials.divergence(edits, FINAL)
+    tokens = [trials.num_answer_tokens(heat) for heat in (*HEATS, FINAL)]
+    judged = {
+        trial.number: replace(trial, rate=rate, kl=_weighted((*trial.kls, kl), tokens))
+        for trial, rate, kl in zip(last, rates, further, strict=True)
+    }
+    return [judged.get(trial.number, trial) for trial in done]
+
+
+def finalists(done: Sequence[Trial], enough: float) -> list[Trial]:
+    """The front, and those that stand just behind it: on a few dozen prompts the best are not told apart."""
     ahead = front(done, enough)
-    rates = trials.refusal_rate([make_edit(trial.params) for trial in ahead])
-    rated = {trial.number: rate for trial, rate in zip(ahead, rates, strict=True)}
-    return [replace(trial, rate=rated.get(trial.number)) for trial in done]
+    near = [
+        trial
+        for trial in done
+        if trial.complete and _is_measured(trial) and trial.refusal <= 2 * enough
+    ]
+    near.sort(key=lambda trial: (trial.kl, trial.number))
+    numbers = {trial.number for trial in [*ahead, *near[:NUM_FINALISTS]]}
+    return [trial for trial in done if trial.number in numbers]
 
 
 def propose(
@@ -268,8 +289,10 @@ def choose(trials: Sequence[Trial], max_refusal: float) -> tuple[Trial, str]:
             "nothing to choose from; load it in a wider type (model.dtype: bfloat16 or float32)"
         )
     within = [trial for trial in judged if (trial.rate or 0.0) <= max_refusal]
-    # A rate of none in a few dozen prompts can be luck; probabilities tell who is near to refusing.
-    within = [trial for trial in within if trial.refusal <= max_refusal] or within
+    # A rate of none in a few dozen prompts can be luck; probabilities tell who is near to refusing, and half of what
+    # is allowed leaves room for prompts that are not among these.
+    for limit in (max_refusal, max_refusal / 2):
+        within = [trial for trial in within if trial.refusal <= limit] or within
     if within:
         chosen = min(within, key=lambda trial: (trial.kl, trial.number))
         reason = (

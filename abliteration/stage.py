@@ -35,6 +35,7 @@ VERSION = 3
 # How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
 MAX_TRIAL_PROMPTS = 96
+MAX_HARMLESS_PROMPTS = 288
 # Beside the candidate that the scores chose, so many of the next best begin a search.
 NUM_NEAREST = 3
 
@@ -262,6 +263,13 @@ def _take_fixed(ground: Ground, findings: Findings) -> Choice:
     return Choice(candidate, ground.recipe.abliteration.edit, "the recipe names it", [candidate])
 
 
+def _harmless_to_search_on(ground: Ground, validation: PromptSet) -> list[str]:
+    """Prompts of validation first; those that the direction was computed on behind them: few know what is lost."""
+    drawn = sample(validation.harmless, MAX_HARMLESS_PROMPTS, ground.recipe.seed)
+    rest = [prompt for prompt in ground.estimation.harmless if prompt not in set(drawn)]
+    return [*drawn, *sample(rest, MAX_HARMLESS_PROMPTS - len(drawn), ground.recipe.seed)]
+
+
 def _search(
     ground: Ground,
     model: PreTrainedModel,
@@ -279,14 +287,15 @@ def _search(
         ground.tokenizer,
         harmful=sample(validation.target, MAX_TRIAL_PROMPTS, ground.recipe.seed),
         openings=refusal_openings(answers),
-        harmless=sample(validation.harmless, MAX_TRIAL_PROMPTS, ground.recipe.seed),
+        harmless=_harmless_to_search_on(ground, validation),
         max_answer_tokens=settings.answer_tokens,
         batch_size=ground.batch_size * settings.trials_per_pass,
     )
     num_layers, num_positions = findings.directions.shape[:2]
     usable = [c.layer for c in scored.candidates if selection.is_scored(c)]
     space = search.Space(
-        (min(usable), max(usable)),
+        # Up to the last: what a direction there does is measured on whole answers.
+        (min(usable), num_layers - 1),
         num_positions,
         num_layers,
         settings.edits,
@@ -306,6 +315,8 @@ def _search(
             for k in kinds
         ),
         *(space.flat(kinds[0], c.layer, c.position, strength) for c in nearest[:NUM_NEAREST]),
+        # The scores leave out the last layers.
+        space.flat(kinds[0], num_layers - 1, scored.candidate.position, strength),
     ]
     trials = search.search(
         judged,

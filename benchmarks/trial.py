@@ -36,7 +36,7 @@ from abliteration.findings import Findings
 from abliteration.openings import refusal_openings
 from abliteration.prompt_sets import sample
 from abliteration.selection import next_token_logits
-from abliteration.stage import MAX_TRIAL_PROMPTS
+from abliteration.stage import MAX_HARMLESS_PROMPTS, MAX_TRIAL_PROMPTS
 from abliteration.trials import Trials
 from common import chat
 from common.architecture import find_writers
@@ -157,14 +157,13 @@ def prepare(subject: Subject, settings: SearchSelection) -> tuple[Trials, search
         tokenizer,
         harmful=subject.harmful[-MAX_TRIAL_PROMPTS:],
         openings=subject.openings or learn_openings(subject),
-        harmless=subject.harmless[-MAX_TRIAL_PROMPTS:],
+        harmless=subject.harmless[-MAX_HARMLESS_PROMPTS:],
         max_answer_tokens=settings.answer_tokens,
         batch_size=BATCH * settings.trials_per_pass,
     )
     writers = find_writers(model)
     depth = model.config.num_hidden_layers
-    last = float(int(0.8 * depth) - 1)
-    space = search.Space((1.0, last), num_positions, depth, settings.edits, embedding=True)
+    space = search.Space((1.0, depth - 1.0), num_positions, depth, settings.edits, embedding=True)
 
     def make_edit(params: Mapping[str, Any]) -> Edit:
         kind = importlib.import_module(f"abliteration.edits.{params['edit']}")

@@ -10,13 +10,16 @@ from dataclasses import replace
 import pytest
 
 from abliteration.search import (
+    FINAL,
     HEATS,
     MARGINS,
+    NUM_FINALISTS,
     RACE,
     Space,
     Trial,
     choose,
     edit_settings,
+    finalists,
     front,
     propose,
     search,
@@ -30,7 +33,7 @@ SPACE = Space((1.0, 4.0), 3, 6, ("orthogonalize", "column_norm"), embedding=True
 FIRST = [SPACE.flat(kind, 2.0, -1, 1.0) for kind in SPACE.edits]
 SETTINGS = SearchSelection(name="search", num_trials=22, trials_per_pass=4)
 LIMIT, ENOUGH = 0.9 * RACE, SETTINGS.max_refusal / 2
-NUM_PROMPTS = 20
+NUM_PROMPTS = 120
 
 
 class PlantedTrials:
@@ -277,18 +280,20 @@ def test_what_was_measured_is_the_mean_over_the_prompts_of_all_heats(tmp_path):
     trials = _search(tmp_path / "trials.jsonl", judged)
     for trial in trials:
         refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
+        raced = [heat for heat in diverged if heat != FINAL]
         assert trial.refusal == pytest.approx(_over(refused, judged.refusal_of, trial.params))
-        assert len(trial.kls) == len(diverged)
-        for heat, kl in zip(diverged, trial.kls, strict=True):
+        assert (FINAL in diverged) == (trial.rate is not None)
+        assert len(trial.kls) == len(raced)
+        for heat, kl in zip(raced, trial.kls, strict=True):
             assert kl == pytest.approx(_over([heat], judged.kl_of, trial.params))
         if diverged:
             assert trial.kl == pytest.approx(_over(diverged, judged.kl_of, trial.params))
         else:
             assert trial.kl is None
-        assert trial.complete == (len(diverged) == len(HEATS))
+        assert trial.complete == (len(raced) == len(HEATS))
 
 
-def test_who_still_refuses_is_measured_no_further_and_only_the_front_answers(tmp_path):
+def test_who_still_refuses_is_measured_no_further_and_only_finalists_answer(tmp_path):
     judged = PlantedTrials()
     trials = _search(tmp_path / "trials.jsonl", judged)
     # The first batch has nobody to be compared with.
@@ -296,15 +301,41 @@ def test_who_still_refuses_is_measured_no_further_and_only_the_front_answers(tmp
     assert any(trial.complete for trial in trials[4:])
     for trial in trials[4:]:
         refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
+        diverged = [heat for heat in diverged if heat != FINAL]
         assert refused == list(HEATS[: len(refused)])
         assert diverged in (refused, refused[:-1])
         out = trial.refusal > LIMIT
         assert (len(diverged) < len(refused)) == out, "out as soon as it refuses, and not before"
     assert {True, False} == {trial.kl is None for trial in trials[4:]}
-    ahead = front(trials, ENOUGH)
     rated = [trial for trial in trials if trial.rate is not None]
-    assert [trial.number for trial in rated] == [trial.number for trial in ahead]
-    assert judged.asked["rate"] == [trial.params for trial in ahead]
+    assert {trial.number for trial in front(trials, ENOUGH)} <= {trial.number for trial in rated}
+    assert len(rated) < len(trials)
+    assert judged.asked["rate"] == [trial.params for trial in rated]
+
+
+def test_finalists_are_the_front_and_those_who_refuse_little_just_behind_it():
+    def trial(number, refusal, kl):
+        return Trial(number, {}, refusal, kl, complete=True)
+
+    ahead, near = trial(0, 0.005, 0.1), trial(1, 0.015, 0.11)
+    mild, refusing = trial(2, 0.3, 0.01), trial(3, 0.3, 0.02)
+    behind = [trial(4 + number, 0.0, 0.2 + 0.01 * number) for number in range(NUM_FINALISTS)]
+    unfinished = Trial(90, {}, 0.0, 0.001)
+    last = finalists([*behind, ahead, near, mild, refusing, unfinished], 0.01)
+    assert {each.number for each in last} == {0, 1, 2, *(t.number for t in behind[:-2])}
+
+
+def test_the_luck_of_the_prompts_that_were_searched_on_is_seen_on_more(tmp_path):
+    class Lucky(PlantedTrials):
+        def divergence(self, edits, prompts):
+            found = super().divergence(edits, prompts)
+            lucky = [edit["edit"] == "column_norm" for edit in edits]
+            factor = 20.0 if prompts == FINAL else 0.5
+            return [kl * factor if luck else kl for kl, luck in zip(found, lucky, strict=True)]
+
+    trials = _search(tmp_path / "trials.jsonl", Lucky())
+    assert any(trial.params["edit"] == "column_norm" for trial in trials if trial.rate is not None)
+    assert choose(trials, 0.02)[0].params["edit"] == "orthogonalize"
 
 
 def test_who_is_beaten_by_far_is_measured_no_further(tmp_path):
@@ -404,12 +435,14 @@ def test_a_search_that_was_cut_off_goes_on_with_the_same_trials(lines, half, tmp
     assert heats == [trial.params for trial in expected[4 * lines :]]
 
 
-def test_a_finished_search_measures_only_the_rates_again(tmp_path):
+def test_a_finished_search_measures_only_finalists_again(tmp_path):
     journal = tmp_path / "trials.jsonl"
     trials = _search(journal)
     judged = PlantedTrials()
     assert _search(journal, judged) == trials
-    assert judged.asked["refusal"] == judged.asked["divergence"] == []
+    assert judged.asked["refusal"] == []
+    assert judged.asked["divergence"]
+    assert all(heat == FINAL for _, heat in judged.asked["divergence"])
 
 
 def test_searches_of_two_seeds_differ(tmp_path):
