@@ -2,7 +2,7 @@
 
 Two objectives, both smaller is better: the mean probability that an answer to a harmful prompt begins as a refusal,
 and the divergence of whole answers to harmless prompts. Trials race: who still refuses on a few prompts is measured
-no further, nor who is beaten by far, and only who is on the front at the end answers prompts. What is proposed next
+no further, nor who is beaten by far, and only finalists answer prompts. What is proposed next
 is a function of the finished trials and the seed alone, so that a search that was killed goes on with the same trials.
 """
 
@@ -13,6 +13,7 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Trial:
         kl: mean KL(original || edited) of answers to harmless prompts, nats per token; None if it still refused.
         kls: the same in each heat that it ran.
         complete: whether both were measured on all prompts; otherwise on those of the heats that it ran.
-        rate: share of the harmful prompts that it refuses in full answers; None off the front.
+        rate: share of the harmful prompts that it refuses in full answers; None of who came not so far.
     """
 
     number: int
@@ -183,33 +184,44 @@ def search(
             _append(journal, done[-count:])
         bar.update(count)
     bar.close()
-    return judge(trials, done, make_edit, enough)
+    return judge(trials, done, make_edit, enough, settings.trials_per_pass)
 
 
-def judge(trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float) -> list[Trial]:
-    """Let the finalists answer the harmful prompts, and measure their divergence on more harmless ones."""
+def judge(
+    trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float, together: int
+) -> list[Trial]:
+    """Measure the finalists on more harmless prompts, and let the best of them answer the harmful ones."""
     last = finalists(done, enough)
-    edits = [make_edit(trial.params) for trial in last]
-    rates, further = trials.refusal_rate(edits), trials.divergence(edits, FINAL)
+    further = trials.divergence([make_edit(trial.params) for trial in last], FINAL)
     tokens = [trials.num_answer_tokens(heat) for heat in (*HEATS, FINAL)]
-    judged = {
-        trial.number: replace(trial, rate=rate, kl=_weighted((*trial.kls, kl), tokens))
-        for trial, rate, kl in zip(last, rates, further, strict=True)
-    }
+    last = [
+        replace(trial, kl=_weighted((*trial.kls, kl), tokens))
+        for trial, kl in zip(last, further, strict=True)
+    ]
+    last.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
+    for first in range(0, len(last), together):
+        part = slice(first, first + together)
+        rates = trials.refusal_rate([make_edit(trial.params) for trial in last[part]])
+        last[part] = [replace(t, rate=rate) for t, rate in zip(last[part], rates, strict=True)]
+        if min(rates) <= 2 * enough:  # answers take the most time, and the rest diverge more
+            break
+    judged = {trial.number: trial for trial in last}
     return [judged.get(trial.number, trial) for trial in done]
 
 
 def finalists(done: Sequence[Trial], enough: float) -> list[Trial]:
-    """The front, and those that stand just behind it: on a few dozen prompts the best are not told apart."""
-    ahead = front(done, enough)
+    """Who may be chosen: on a few dozen prompts the best are not told apart.
+
+    Returns:
+        Of those that refuse little the ones that diverge least; if all refuse more, the front.
+    """
     near = [
         trial
         for trial in done
         if trial.complete and _is_measured(trial) and trial.refusal <= 2 * enough
     ]
-    near.sort(key=lambda trial: (trial.kl, trial.number))
-    numbers = {trial.number for trial in [*ahead, *near[:NUM_FINALISTS]]}
-    return [trial for trial in done if trial.number in numbers]
+    near.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
+    return near[:NUM_FINALISTS] or front(done, enough)
 
 
 def propose(
@@ -296,7 +308,7 @@ def choose(trials: Sequence[Trial], max_refusal: float) -> tuple[Trial, str]:
     if within:
         chosen = min(within, key=lambda trial: (trial.kl, trial.number))
         reason = (
-            f"of {len(within)} trials on the front that refuse at most {max_refusal:g} of the harmful prompts it "
+            f"of {len(within)} finalists that refuse at most {max_refusal:g} of the harmful prompts it "
             f"diverges least ({chosen.kl:.4f} nats per token)"
         )
         return chosen, reason
@@ -366,6 +378,7 @@ def _weighted(values: Sequence[float], weights: Sequence[int]) -> float | None:
     return sum(map(operator.mul, values, weights)) / max(sum(weights), 1) if values else None
 
 
+@cache
 def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
     """The ranges of the space, as Optuna knows them."""
     trial = optuna.create_study().ask()

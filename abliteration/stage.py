@@ -34,7 +34,7 @@ from common.tracking import table
 VERSION = 3
 # How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
-MAX_TRIAL_PROMPTS = 96
+MAX_TRIAL_PROMPTS = 64
 MAX_HARMLESS_PROMPTS = 288
 # Beside the candidate that the scores chose, so many of the next best begin a search.
 NUM_NEAREST = 3

@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="runs/patient-model")
     parser.add_argument("--random", action="store_true", help="a random-weight Qwen2 of 100M")
-    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--trials", type=int, default=96)
     parser.add_argument("--together", type=int, default=4, help="trials in one forward pass")
     parser.add_argument("--plain", type=int, default=16, help="how many are also done plainly")
     return parser.parse_args()

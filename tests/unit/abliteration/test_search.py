@@ -21,6 +21,7 @@ from abliteration.search import (
     edit_settings,
     finalists,
     front,
+    judge,
     propose,
     search,
 )
@@ -227,11 +228,11 @@ def test_of_those_within_the_limit_the_one_that_diverges_least_is_chosen():
         _trial(1, 0.1, 0.3, 0.02),
         _trial(2, 0.2, 0.2, 0.02),
         _trial(3, 0.2, 0.2, 0.01),
-        _trial(4, 0.0, 0.0),  # off the front
+        _trial(4, 0.0, 0.0),  # no finalist
     ]
     chosen, reason = choose(trials, 0.02)
     assert chosen.number == 2
-    assert "of 3 trials on the front that refuse at most 0.02" in reason
+    assert "of 3 finalists that refuse at most 0.02" in reason
     assert "(0.2000 nats per token)" in reason
 
 
@@ -308,21 +309,33 @@ def test_who_still_refuses_is_measured_no_further_and_only_finalists_answer(tmp_
         assert (len(diverged) < len(refused)) == out, "out as soon as it refuses, and not before"
     assert {True, False} == {trial.kl is None for trial in trials[4:]}
     rated = [trial for trial in trials if trial.rate is not None]
-    assert {trial.number for trial in front(trials, ENOUGH)} <= {trial.number for trial in rated}
-    assert len(rated) < len(trials)
+    assert {trial.number for trial in rated} <= {t.number for t in finalists(trials, ENOUGH)}
     assert judged.asked["rate"] == [trial.params for trial in rated]
 
 
-def test_finalists_are_the_front_and_those_who_refuse_little_just_behind_it():
+def test_answers_are_generated_until_one_finalist_will_do():
+    judged = PlantedTrials()
+    strong = SPACE.flat("orthogonalize", 3.0, -1, 1.5)  # refuses .01 of the prompts
+    trials = [Trial(n, strong, 0.005, 0.1 + n, (0.1 + n,) * 3, complete=True) for n in range(6)]
+    found = judge(judged, trials, dict, 0.01, together=2)
+    assert [trial.rate for trial in found] == [0.01, 0.01, None, None, None, None]
+    weak = SPACE.flat("orthogonalize", 1.0, -1, 0.5)
+    trials = [replace(trial, params=weak) for trial in trials]
+    assert all(trial.rate > 0.02 for trial in judge(judged, trials, dict, 0.01, together=2))
+
+
+def test_finalists_are_those_who_refuse_little_and_diverge_least():
     def trial(number, refusal, kl):
         return Trial(number, {}, refusal, kl, complete=True)
 
-    ahead, near = trial(0, 0.005, 0.1), trial(1, 0.015, 0.11)
-    mild, refusing = trial(2, 0.3, 0.01), trial(3, 0.3, 0.02)
-    behind = [trial(4 + number, 0.0, 0.2 + 0.01 * number) for number in range(NUM_FINALISTS)]
+    near, mild, broken = trial(0, 0.015, 0.1), trial(1, 0.3, 0.01), trial(2, 0.005, math.nan)
+    safe = [trial(3 + number, 0.005, 0.2 + 0.01 * number) for number in range(NUM_FINALISTS - 1)]
     unfinished = Trial(90, {}, 0.0, 0.001)
-    last = finalists([*behind, ahead, near, mild, refusing, unfinished], 0.01)
-    assert {each.number for each in last} == {0, 1, 2, *(t.number for t in behind[:-2])}
+    last = finalists([near, *safe, mild, broken, unfinished], 0.01)
+    assert [each.number for each in last] == [*(each.number for each in safe), 0]
+    more = trial(91, 0.005, 0.9)
+    assert near not in finalists([near, *safe, more], 0.01), "those well within the limit first"
+    assert finalists([mild, broken, unfinished], 0.01) == [mild], "if all refuse, the front"
 
 
 def test_the_luck_of_the_prompts_that_were_searched_on_is_seen_on_more(tmp_path):
