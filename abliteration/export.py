@@ -151,7 +151,8 @@ def write(
             + ("find the direction without load_in_4bit" if in_4bit else "report it as a bug")
         )
     reach = verification.stream_along(exported, tokenizer, scores.prompts[:SAMPLE], edit.direction)
-    verification.check_stream(scores.reach, reach, edit, find_writers(exported), exported.dtype)
+    rounding = verification.ROUNDING_TO_4BIT if in_4bit else verification.ROUNDING[exported.dtype]
+    verification.check_stream(scores.reach, reach, edit, find_writers(exported), rounding)
     logger.info(
         "abliteration: exported and scored again: KL %.1e from what was scored (the edit moved %.4f, noise floor %.1e)",
         mismatch,

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import wandb
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -569,8 +568,6 @@ def _four_bit_problems() -> list[str]:
     key = "abliteration.load_in_4bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         return [
-            f"{key}: needs bitsandbytes, which is not installed; run `pip install bitsandbytes`"
+            f"{key}: needs bitsandbytes, which is not installed; run `pip install -e '.[quantized]'`"
         ]
-    if not torch.cuda.is_available():
-        return [f"{key}: needs a GPU, and there is none; delete it, or set layer_by_layer: true"]
     return []

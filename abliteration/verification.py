@@ -15,6 +15,8 @@ from common.errors import StageError
 
 # What rounding to the dtype of the weights may leave of a removed component, as a share of the original.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Quantized anew, an edited weight writes up to a tenth of what it wrote along the direction again.
+ROUNDING_TO_4BIT = 2e-2
 
 
 def check_coverage(
@@ -92,7 +94,7 @@ def check_stream(
     after: Tensor,
     edit: Edit,
     writers: Sequence[PlacedWriter],
-    dtype: torch.dtype,
+    rounding: float,
 ) -> None:
     """Fail if something that no map names still writes along a direction that was removed entirely.
 
@@ -101,7 +103,7 @@ def check_stream(
         after: the same of the edited model.
         edit: what was applied; edits that leave something of the direction prove nothing here.
         writers: of the edited model.
-        dtype: of the weights.
+        rounding: what rounding a weight may leave of what is removed from it, as a share.
 
     Raises:
         StageError: naming the first layer that still sees the direction.
@@ -111,7 +113,7 @@ def check_stream(
         return
     scale = float(before.max())
     for layer, reach in enumerate(after.tolist()):
-        if reach > ROUNDING[dtype] * 10 * scale:
+        if reach > rounding * 10 * scale:
             raise StageError(
                 f"abliteration: the residual stream at the input of block {layer} still reaches {reach / scale:.4f} of "
                 "the original along the removed direction, so something unmapped writes there; add it to "

@@ -233,7 +233,7 @@ def load_model(
         path: folder or hub id.
         revision: of the hub id.
         dtype: a torch dtype by name, or `auto` for the checkpoint's own.
-        in_4bit: quantize the weights to nf4 as they are read (bitsandbytes, on a GPU).
+        in_4bit: quantize the weights to nf4 as they are read (bitsandbytes).
 
     Returns:
         The model. What an edit adds to its stream without a bias to hold it is added by hooks.

@@ -16,6 +16,7 @@ from common.edits import apply_to_weights, component_along, edited_writers
 from common.errors import StageError
 from tests.editing import edit_of, vector
 
+ROUNDING = verification.ROUNDING[torch.float32]
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 PROMPTS = ["a", "the other one", "how is it"]
 
@@ -134,7 +135,7 @@ def test_the_stream_of_an_edited_model_does_not_reach_along_the_direction(
     after = verification.stream_along(_edited(model, edit), tokenizer, PROMPTS, edit.direction)
     assert before.shape == (3,)
     assert before.min() > 1e-2
-    verification.check_stream(before, after, edit, find_writers(model), torch.float32)
+    verification.check_stream(before, after, edit, find_writers(model), ROUNDING)
 
 
 def test_a_writer_that_no_map_names_is_found_in_the_stream(build_model, tokenizer):
@@ -149,7 +150,7 @@ def test_a_writer_that_no_map_names_is_found_in_the_stream(build_model, tokenize
     before = verification.stream_along(model, tokenizer, PROMPTS, edit.direction)
     after = verification.stream_along(edited, tokenizer, PROMPTS, edit.direction)
     with pytest.raises(StageError, match=r"at the input of block 2 still reaches"):
-        verification.check_stream(before, after, edit, find_writers(model), torch.float32)
+        verification.check_stream(before, after, edit, find_writers(model), ROUNDING)
 
 
 def test_the_stream_proves_nothing_about_partial_edits(build_model):
@@ -160,10 +161,10 @@ def test_the_stream_proves_nothing_about_partial_edits(build_model):
     some = edit_of(model, weights={"mlp": (1.0, 0.0, 1.0)})
     adds = edit_of(model, "add", strength=1.0)
     for edit in (_edit(model, 0.5), alone, rows, some, adds):
-        verification.check_stream(reach, reach, edit, writers, torch.float32)
+        verification.check_stream(reach, reach, edit, writers, ROUNDING)
     for edit in (_edit(model), edit_of(model, "column_norm", DIRECTION)):
         with pytest.raises(StageError):
-            verification.check_stream(reach, reach, edit, writers, torch.float32)
+            verification.check_stream(reach, reach, edit, writers, ROUNDING)
 
 
 @pytest.mark.parametrize("kind", ["orthogonalize", "projected", "column_norm", "biprojected"])
@@ -177,4 +178,4 @@ def test_no_kind_of_edit_is_taken_for_an_unmapped_writer(kind, family, build_mod
         for each in (model, _edited(model, edit))
     ]
     assert (float(reaches[1].max()) > 1e-2) == (kind == "biprojected")
-    verification.check_stream(*reaches, edit, find_writers(model), torch.float32)
+    verification.check_stream(*reaches, edit, find_writers(model), ROUNDING)
