@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import HealingError
+from common.errors import HealingError, InputError
 
 if TYPE_CHECKING:  # torch comes late: a wrong command is told in a blink
     from common.checkpoint import Written
@@ -76,6 +76,10 @@ def _fail(message: str, code: int) -> int:
 
 def _folder(options: argparse.Namespace) -> Path:
     if Path(options.model).is_dir():
+        if options.revision is not None:
+            raise InputError(
+                f"--revision has no effect: {options.model} is a folder, not an id of the hub; leave it out"
+            )
         return Path(options.model)
     from common.model import resolve  # noqa: PLC0415  # imports all of transformers' loading
 

@@ -46,13 +46,22 @@ def read(path: Path) -> Edit | dict[str, Tensor]:
 
 
 def about_of(path: Path) -> Mapping[str, Any] | None:
-    """What a release says of its direction; None if the file is none."""
+    """What a release says of its direction; None if the file is none.
+
+    Raises:
+        InputError: if what it says is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA)
     except (OSError, SafetensorError):
         return None
-    return None if text is None else dict(json.loads(text))
+    try:
+        return None if text is None else dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged: what it says of itself cannot be read; fetch it again"
+        ) from error
 
 
 def edit_of(

@@ -134,16 +134,28 @@ def load_edit(path: Path) -> Edit:
         raise InputError(
             f"{path} cannot be read as an edit: {error}; name an edit.safetensors of stage one"
         ) from error
-    about = json.loads(metadata) if metadata else {}
-    if about.get("format") != FORMAT:
+    try:
+        about = json.loads(metadata or "{}")
+        found = about.get("format")
+        if found == FORMAT:
+            return _edit_of(vectors, about)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is no edit of format {FORMAT} (found {about.get('format')}); make it again"
-        )
+            f"{path} is damaged: what stands beside its vectors is no edit; make or fetch it again"
+        ) from error
+    raise InputError(f"{path} is no edit of format {FORMAT} (found {found}); make it again")
+
+
+def _edit_of(vectors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Edit:
     removals = {
         name: Removal(tuple(r["vectors"]), tuple(r["strengths"]), r["keep_norm"])
         for name, r in about["removals"].items()
     }
     additions = {name: Addition(**a) for name, a in about["additions"].items()}
+    used = {name for removal in removals.values() for name in removal.vectors}
+    used |= {addition.vector for addition in additions.values()}
+    if not used <= set(vectors):
+        raise ValueError
     return Edit(vectors, removals, additions, about["left_alone"], about["about"])
 
 

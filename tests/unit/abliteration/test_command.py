@@ -237,6 +237,7 @@ def test_wrong_paths_and_settings_end_with_2_and_a_sentence(
         ((tmp_path, edit_file, tmp_path / "o"), "config.json"),
         ((model_folder, edit_file, tmp_path), "exists already"),
         ((model_folder, edit_file, tmp_path / "o", "--strength", "2"), "have no effect"),
+        ((model_folder, edit_file, tmp_path / "o", "--revision", "main"), "has no effect"),
         ((model_folder, edit_file, edit_file / "o"), "cannot be made"),
     ):
         assert _apply(*arguments) == 2

@@ -339,6 +339,24 @@ def test_a_missing_or_damaged_edit_is_refused(content, message, tmp_path):
         load_edit(path)
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        "{",
+        "[2]",
+        '{"format": 2}',
+        '{"format": 2, "removals": {"x": 1}, "additions": {}, "left_alone": {}, "about": {}}',
+        '{"format": 2, "removals": {"x": {"vectors": ["gone"], "strengths": [1.0], "keep_norm": "none"}},'
+        ' "additions": {}, "left_alone": {}, "about": {}}',
+    ],
+)
+def test_an_edit_whose_record_is_damaged_is_refused(about, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"direction": torch.ones(3)}, path, metadata={"healing": about})
+    with pytest.raises(InputError, match="is damaged"):
+        load_edit(path)
+
+
 def test_tensors_that_are_no_edit_are_refused(tmp_path):
     save_file({"direction": torch.ones(3)}, tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="is no edit of format 2"):
