@@ -618,16 +618,70 @@ def _memory_problems(section: AbliterationSection) -> Iterator[tuple[Key, str]]:
         yield ("layer_by_layer",), "is set beside load_in_4bit; keep one of the two"
 
 
-class OnPolicy(Section):
+class _PairSource(Section):
+    """What every source of pairs has: its part in the mix."""
+
+    weight: Number = Field(
+        default=1.0,
+        gt=0,
+        description="How often each of its pairs is drawn, relative to those of the other sources; "
+        "the number of pairs in all stays the same.",
+    )
+    cap: Count | None = Field(
+        default=None,
+        description="Most pairs that are kept, drawn with the seed after the filters; null: all.",
+    )
+    domain: Text | None = Field(
+        default=None, description="A tag of its pairs, which are counted by it; null: none."
+    )
+
+
+class PairPrompts(PromptSource):
+    """Prompts to make pairs of, with what is known about them."""
+
+    answer: Text | None = Field(
+        default=None,
+        description="The column of the right answer. Given, a pair is kept where chosen is right and a "
+        "candidate is wrong; null: no answer is known.",
+    )
+    domain: Text | None = Field(
+        default=None, description="The column of each prompt's domain; null: none."
+    )
+
+
+class OnPolicy(_PairSource):
     """Pairs made here: the original model's answer is chosen, the abliterated model's rejected."""
 
     name: Literal["on_policy"] = Field(description="Make pairs from the two models' own answers.")
-    prompts: PromptSource = Field(description="Prompts that the original model does not refuse.")
+    prompts: PairPrompts = Field(description="Prompts that the original model does not refuse.")
+    num_candidates: Count = Field(
+        default=1,
+        description="Answers sampled for each prompt: the one that the original model finds least "
+        "likely per token is rejected.",
+    )
     max_new_tokens: Count = Field(default=256, description="Longest answer, in tokens.")
     temperature: Number = Field(
         default=1.0, ge=0, description="Sampling temperature of the rejected answer; 0 is greedy."
     )
+    top_p: Number = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Sample among the likeliest tokens that hold this much probability together.",
+    )
     batch_size: Count = Field(default=32, description="Prompts per generation batch and rank.")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        """Refuse sampling settings beside greedy decoding, and two origins of a domain."""
+        if self.temperature == 0:
+            if self.num_candidates > 1:
+                fail((("num_candidates",), "are all the same at temperature 0; raise it"))
+            if self.top_p < 1:
+                fail((("top_p",), "has no effect at temperature 0; delete it"))
+        if self.domain is not None and self.prompts.domain is not None:
+            fail((("domain",), "is given beside prompts.domain; keep one of the two"))
+        return self
 
 
 class Columns(Section):
@@ -639,6 +693,9 @@ class Columns(Section):
     )
     chosen: Text = Field(default="chosen", description="Column of the better answer.")
     rejected: Text = Field(default="rejected", description="Column of the worse answer.")
+    domain: Text | None = Field(
+        default=None, description="Column of the pair's domain; null: none."
+    )
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
@@ -648,13 +705,54 @@ class Columns(Section):
         return self
 
 
-class PreferenceDataset(Source):
+class PreferenceDataset(_PairSource, Source):
     """Pairs that exist already."""
 
     name: Literal["dataset"] = Field(description="Take pairs from a file or data set.")
     columns: Columns | None = Field(
         default=None, description="Column names; null: prompt, chosen and rejected as usual."
     )
+
+    @model_validator(mode="after")
+    def _one_domain(self) -> Self:
+        """Refuse two origins of a domain."""
+        if self.domain is not None and self.columns is not None and self.columns.domain is not None:
+            fail((("domain",), "is given beside columns.domain; keep one of the two"))
+        return self
+
+
+class Filters(Section):
+    """Which pairs are dropped.
+
+    Beside these always: pairs without a chosen answer, items of a benchmark, and prompts that alone fill the
+    trainer's max_length, which trl would drop without a word.
+    """
+
+    refusals: Flag = Field(
+        default=True,
+        description="Drop pairs whose chosen answer opens with the words of a refusal.",
+    )
+    direction: Flag = Field(
+        default=False,
+        description="Drop pairs whose chosen answer stands out along the removed direction in the original "
+        "model, in any language; the limit comes from the original's own answers of stage 1.",
+    )
+    swap: Flag = Field(
+        default=False,
+        description="Where chosen refuses and rejected does not, exchange the two instead of dropping the pair.",
+    )
+    identical: Flag = Field(
+        default=True,
+        description="Drop pairs whose two answers are the same: they have no gradient.",
+    )
+    duplicates: Flag = Field(default=True, description="Drop pairs that are there already.")
+
+    @model_validator(mode="after")
+    def _something_to_swap(self) -> Self:
+        """Refuse a swap that nothing can lead to."""
+        if self.swap and not (self.refusals or self.direction):
+            fail((("swap",), "has no effect without refusals or direction; set one of them"))
+        return self
 
 
 def _anchor_has_effect(weight: object) -> object:
@@ -703,6 +801,56 @@ def _check_block(block: dict[str, Any]) -> dict[str, Any]:
 Block = Annotated[dict[Text, Any], AfterValidator(_check_block)]
 
 
+class Questions(PromptSource):
+    """Questions whose answers are judged right or wrong, of one domain or of several."""
+
+    answer: Text | None = Field(
+        default=None,
+        description="The column of the right answer; null: the original model's own answer is the right one.",
+    )
+    domain: Text | None = Field(
+        default=None,
+        description="The column that names each question's domain; null: they are of one.",
+    )
+
+
+class Stopping(Section):
+    """Quick evaluations during training: stop where the damage is won back, and keep the best weights."""
+
+    every: Count = Field(default=20, description="Optimizer steps between quick evaluations.")
+    patience: Count = Field(
+        default=3, description="Stop after so many quick evaluations in a row without a new best."
+    )
+    min_recovery: Number = Field(
+        default=0.85,
+        ge=0,
+        lt=1,
+        description="Full recovery inside the interval ends training where the lower end is at least this: "
+        "inside a wide one it shows nothing.",
+    )
+    max_refusal: Number = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="Weights that refuse more of the formerly refused prompts are never kept.",
+    )
+    max_over_refusal: Number = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="Weights that refuse more of the harmless prompts are never kept.",
+    )
+    questions: Questions = Field(
+        description="What recovery is measured on; neither training nor stage 3 may use them."
+    )
+    harmful: PromptSource = Field(description="Prompts that the original model refuses.")
+    harmless: PromptSource = Field(
+        description="Prompts that it answers: for over-refusal, and for the divergence from it."
+    )
+    max_new_tokens: Count = Field(default=64, description="Longest answer, in tokens.")
+    batch_size: Count = Field(default=32, description="Prompts per forward pass and rank.")
+
+
 class TrainSection(Section):
     """Stage 2: win back what the edit broke."""
 
@@ -715,16 +863,27 @@ class TrainSection(Section):
     ] = Field(
         default=(), description="Where preference pairs come from; all of them are used together."
     )
+    filters: Filters = Field(default=Filters(), description="Which pairs are dropped.")
     anchors: tuple[Anchor, ...] = Field(
         default=(), description="Distillation terms beside the pairs."
     )
-    keep_ablated: Literal["none", "hard"] = Field(
+    keep_ablated: Literal["none", "soft", "hard"] = Field(
         default="hard",
-        description="hard: training cannot write along the removed direction; none: it can.",
+        description="hard: training cannot write along the removed direction; soft: it costs, most at "
+        "the start; none: it can.",
+    )
+    l2: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None,
+        description="Weight in the loss of the squared distance to the abliterated weights; null: no such term.",
     )
     adapter: Block | None = Field(
         default={"r": 16, "lora_alpha": 32},
         description="peft.LoraConfig by its own names; null: train all weights.",
+    )
+    load_in_4bit: Flag = Field(
+        default=False,
+        description="Train the adapter on weights in 4 bits (bitsandbytes, QLoRA); it is merged into the "
+        "full-precision ones.",
     )
     engine: Literal["shared", "trl"] = Field(
         default="shared",
@@ -734,12 +893,37 @@ class TrainSection(Section):
         default=32, description="Pairs per optimizer step over all ranks, however many there are."
     )
     trainer: Block = Field(default={}, description="trl.DPOConfig by its own names.")
+    stopping: Stopping | None = Field(
+        default=None,
+        description="Quick evaluations that end training and choose its weights; null: train to the end.",
+    )
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
         """Refuse training without pairs: anchors stand beside a preference loss, never alone."""
         if not self.preferences:
             fail(((), "has no preferences; name at least one source of pairs"))
+        return self
+
+    @model_validator(mode="after")
+    def _weights_differ(self) -> Self:
+        """Refuse weights that change no proportion."""
+        weights = {source.weight for source in self.preferences}
+        if len(weights) == 1 and weights != {1.0}:
+            reason = "is the same for all sources, so it changes no proportion; delete it"
+            fail(*((("preferences", i, "weight"), reason) for i in range(len(self.preferences))))
+        return self
+
+    @model_validator(mode="after")
+    def _packed_weights_are_not_trained(self) -> Self:
+        """Refuse full training of weights in 4 bits, which have no gradients."""
+        if self.load_in_4bit and self.adapter is None:
+            fail(
+                (
+                    ("load_in_4bit",),
+                    "packs the weights, which cannot be trained then; give train.adapter, or delete it",
+                )
+            )
         return self
 
 
@@ -765,7 +949,9 @@ RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
         "healed": _DIVERGENCE,
     },
     "pooled": {"n": (), "damage": _RATE, "recovery": _RATE},
-    "direction": {"residual": frozenset({"abliterated", "healed"})},
+    "direction": dict.fromkeys(
+        ("residual", "residual_bfloat16", "residual_nf4"), frozenset({"abliterated", "healed"})
+    ),
 }
 _ITEM_LISTS: Final = frozenset({"benchmarks", "refusal", "divergence"})
 

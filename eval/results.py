@@ -55,7 +55,7 @@ def build(
     settings: Settings,
     rows: Sequence[Row],
     items: Sequence[Item],
-    residual: Mapping[str, float] | None = None,
+    direction: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build results.json.
 
@@ -63,8 +63,7 @@ def build(
         settings: of the recipe.
         rows: what was measured, in the order of the recipe.
         items: of all rows and models.
-        residual: how much of what was removed the abliterated and the healed weights still write; None where
-            nothing was removed.
+        direction: what is left of the removed direction, `eval.direction.block`; None where it was not measured.
 
     Raises:
         ValueError: if the models did not answer the same items, or the outcome does not follow the
@@ -89,7 +88,7 @@ def build(
         "pooled": pooled,
         "refusal": [_refusal_row(row, answers, settings.seed) for row, answers in of("refusal")],
         "divergence": [_divergence_row(row, answers) for row, answers in of("divergence")],
-        "direction": {"residual": dict(residual) if residual is not None else None},
+        "direction": dict(direction) if direction is not None else {"residual": None},
         "provenance": dict(settings.provenance),
     }
     results["accept"] = gates(results, settings.accept)

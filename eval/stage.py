@@ -5,7 +5,7 @@ import json
 import logging
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from transformers import PreTrainedModel
 
 from common import artifacts, distributed
 from common.artifacts import Stopwatch
-from common.edits import Edit, load_edit
+from common.edits import load_edit
 from common.model import load_tokenizer
 from common.recipe import Recipe
 from common.tracking import table
+from eval import direction
 from eval import results as results_file
 from eval import table as results_table
 from eval.benchmarks import Loaded, Subject, component
 from eval.items import MODELS, Item, ModelName
 from eval.results import Limits, Settings
-from eval.subjects import Writes, load_subject, residual, writes_along
+from eval.subjects import load_subject
 
-VERSION = 2
+VERSION = 3
 # What can change a number; the versions go into results.json, not into the fingerprint.
 LIBRARIES = (
     "torch",
@@ -105,12 +106,17 @@ def run(
         for loaded in component(spec.name).load(spec, tokenizer, batch_size=recipe.eval.batch_size)
     ]
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
-    measured, written = _measure(recipe, upstream, benchmarks, edit)
+    prompts = direction.contrast(recipe, edit)
+
+    def look(model: PreTrainedModel) -> direction.Trace:
+        return direction.trace(model, edit, tokenizer, prompts, recipe.eval.batch_size)
+
+    measured, traces = _measure(recipe, upstream, benchmarks, look)
     results = results_file.build(
         _settings(recipe, upstream),
         [loaded.row for loaded in benchmarks],
         measured,
-        residual(edit, *written),
+        direction.block(edit, traces, prompts),
     )
     if distributed.is_main():
         artifacts.write_jsonl(folder / "items.jsonl", [item.record() for item in measured])
@@ -121,23 +127,26 @@ def run(
 
 
 def _measure(
-    recipe: Recipe, upstream: Mapping[str, Path], benchmarks: Sequence[Loaded], edit: Edit
-) -> tuple[list[Item], tuple[Writes, Writes, Writes]]:
+    recipe: Recipe,
+    upstream: Mapping[str, Path],
+    benchmarks: Sequence[Loaded],
+    look: Callable[[PreTrainedModel], direction.Trace],
+) -> tuple[list[Item], dict[ModelName, direction.Trace]]:
     """Put all benchmarks to the models in turn; the original stays beside the one under test, a third never."""
     original = load_subject("original", recipe, upstream)
 
-    def measure(name: ModelName) -> tuple[list[Item], Writes]:
+    def measure(name: ModelName) -> tuple[list[Item], direction.Trace]:
         model: PreTrainedModel = (
             original if name == "original" else load_subject(name, recipe, upstream)
         )
         found = [
             item for loaded in benchmarks for item in _score(loaded, Subject(name, model, original))
         ]
-        return found, writes_along(model, edit)
+        return found, look(model)
 
-    by_model = [measure(name) for name in MODELS]
-    everything = [item for found, _ in by_model for item in found]
-    return everything, (by_model[0][1], by_model[1][1], by_model[2][1])
+    by_model = {name: measure(name) for name in MODELS}
+    everything = [item for found, _ in by_model.values() for item in found]
+    return everything, {name: traced for name, (_, traced) in by_model.items()}
 
 
 def _score(loaded: Loaded, subject: Subject) -> list[Item]:

@@ -132,18 +132,43 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
             f"= {pooled['n']}): "
             f"{interval(pooled['recovery'], 2)} of {interval(pooled['damage'])}."
         )
-    residual = results["direction"]["residual"]
-    if residual is not None:
-        remarks.append(
-            "Largest share of the original's writing along the removed direction: "
-            f"{residual['abliterated']:.1e} left by the edit, {residual['healed']:.1e} moved by "
-            f"healing."
-        )
+    remarks += _direction_remarks(results["direction"])
     if any(row["role"] == "unlocked" for row in results["benchmarks"]):
         remarks.append(
             "unlocked: answerable only after the edit; the verdict holds healed against "
             "abliterated."
         )
+    return remarks
+
+
+def _direction_remarks(direction: Mapping[str, Any]) -> list[str]:
+    """One line per form of the weights, and one for the direction as it is found again."""
+    remarks = []
+    forms = {
+        "residual": "",
+        "residual_bfloat16": ", weights in bfloat16",
+        "residual_nf4": ", quantized to NF4",
+    }
+    for key, form in forms.items():
+        residual = direction.get(key)
+        if residual is not None:
+            remarks.append(
+                f"Largest share of the original's writing along the removed direction{form}: "
+                f"{residual['abliterated']:.1e} left by the edit, {residual['healed']:.1e} moved by "
+                f"healing."
+            )
+    again = direction.get("reestimated")
+    if again is not None and again["reason"] is None:
+        found = ", ".join(
+            f"{model} {again[model]['cosine']:+.3f} ({again[model]['norm_ratio']:.2f})"
+            for model in ("original", "abliterated", "healed")
+        )
+        remarks.append(
+            "Cosine of the direction, estimated again, with the removed one (and its length "
+            f"relative to the original's): {found}."
+        )
+    elif again is not None:
+        remarks.append(f"The direction was not estimated again: {again['reason']}.")
     return remarks
 
 

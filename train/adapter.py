@@ -1,12 +1,35 @@
-"""The LoRA adapter: peft's LoraConfig by its own names, with this project's defaults."""
+"""The LoRA adapter: peft's LoraConfig by its own names, and the proof that merging it gives the model that was trained.
 
-from collections.abc import Mapping
-from typing import Any
+Stage three and the release load the abliterated model with the adapter merged into its weights. Merging rounds, and an
+adapter that was trained on weights in 4 bits (QLoRA) is merged into other weights than it was trained on; so the
+merged model has to answer as the trained one did, and how nearly it does is measured.
+"""
 
-from peft import LoraConfig, TaskType
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.errors import StageError
 
 # Every linear layer, as the Daredevil recipe trained them; peft leaves the unembedding out by itself.
 DEFAULT_TARGETS = "all-linear"
+# How far the logits of the merged model may be from the trained one's, as a share of their own spread: a few hundred
+# roundings of the dtype that one of the two computes in. A merge that leaves out the adapter, its scaling or its
+# magnitudes is a multiple of these as soon as training has changed an answer.
+MERGE_TOLERANCE: Final[Mapping[torch.dtype, float]] = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 3e-2,
+    torch.bfloat16: 1e-1,
+}
+# Weights in 4 bits answer otherwise than the full ones with or without an adapter. What has to carry over is what the
+# adapter changes; this share of it may be lost, where an adapter that is not merged at all would lose 1.
+LOST_FROM_4BIT: Final = 0.75
 
 
 def build_adapter(block: Mapping[str, Any]) -> LoraConfig:
@@ -15,3 +38,96 @@ def build_adapter(block: Mapping[str, Any]) -> LoraConfig:
     if "target_parameters" in block and "target_modules" not in block:
         settings.pop("target_modules")
     return LoraConfig(task_type=TaskType.CAUSAL_LM, **settings)
+
+
+def keep_adapter_in_float32(model: PeftModel) -> None:
+    """Undo TRL's cast of an adapter over packed weights to bfloat16, in which small steps would round to nothing."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def answer_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """What a model answers to rows of token ids, for `require_same_answers`.
+
+    Args:
+        model: a causal language model; its mode is left as it was found.
+        rows: token ids, read one row at a time, so that no padding is in the way.
+
+    Returns:
+        The logits of all positions [tokens, vocabulary] in float32 on the CPU, each without its mean, which no
+        probability depends on.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.no_grad():
+        logits = [
+            model(input_ids=torch.tensor([list(row)], device=device), use_cache=False).logits[0]
+            for row in rows
+        ]
+    model.train(training)
+    answers = torch.cat(logits).float().cpu()
+    return answers - answers.mean(dim=1, keepdim=True)
+
+
+def merge(base: PreTrainedModel, adapter: Path) -> nn.Module:
+    """The abliterated model with a saved adapter merged into its weights, as stage three and the release make it."""
+    model = PeftModel.from_pretrained(base, str(adapter))
+    try:
+        whole: nn.Module = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise StageError(
+            f"train: the adapter cannot be merged ({error}); lower train.trainer.learning_rate"
+        ) from error
+    return whole
+
+
+def carried_over(trained: Tensor, packed: Tensor, full: Tensor) -> tuple[Tensor, float]:
+    """What an adapter that was trained on packed weights should answer once it is merged into the full ones.
+
+    Args:
+        trained: `answer_logits` of the packed model with the adapter.
+        packed: of the packed model without it.
+        full: of the full-precision model without it.
+
+    Returns:
+        The answers that are expected of the merged model, and how far from them it may be beside rounding, as a share
+        of their spread.
+    """
+    change = trained - packed
+    expected = full + change
+    return expected, LOST_FROM_4BIT * float(change.norm() / expected.norm())
+
+
+def require_same_answers(trained: Tensor, merged_answers: Tensor, tolerance: float) -> float:
+    """Hold a merged model against the model that was trained.
+
+    Args:
+        trained: `answer_logits` of the model with the adapter beside its weights, or what `carried_over` expects.
+        merged_answers: of the one with the adapter in its weights.
+        tolerance: as a share of the spread of the first.
+
+    Returns:
+        The root mean square of their difference as that share.
+
+    Raises:
+        StageError: if they are further apart, or not finite.
+    """
+    share = float((merged_answers - trained).norm() / trained.norm())
+    if share <= tolerance:
+        return share
+    raise StageError(
+        f"train: with the adapter merged into the weights the logits differ from the trained model's by {share:.2g} of "
+        f"their spread, more than the {tolerance:.2g} that rounding explains, so stage three would measure another "
+        "model than was trained; train without what merging loses (train.load_in_4bit, a model.dtype of few digits)"
+    )
+
+
+def merge_tolerance(dtype: torch.dtype, *, half: bool) -> float:
+    """How far a merged model may be from the trained one by rounding.
+
+    Args:
+        dtype: of the weights that the adapter is merged into.
+        half: whether training computed in 16 bits.
+    """
+    return MERGE_TOLERANCE[torch.bfloat16] if half else MERGE_TOLERANCE[dtype]

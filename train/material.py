@@ -1,26 +1,27 @@
 """What the two teachers contribute before training: preference pairs and anchor rows.
 
 Each piece is a file below the stage's work folder, made once by the model it needs; after a kill the pieces that
-are there are kept. One model is in memory at a time: first the original, then the abliterated one.
+are there are kept. One model is in memory at a time: first the original, then the abliterated one; and the original
+once more, where it is to judge what the abliterated one made.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import artifacts, distributed
-from common.errors import StageError
-from common.generation import generate
+from common import distributed
 from common.model import load_model, load_tokenizer, resolve
 from common.prompts import load_prompts
 from common.recipe import Anchor, OnPolicy, Recipe
+from train import pairs
 from train.anchors import TeacherRow, load_rows, save_rows, teach
-from train.preferences import dataset, on_policy
-from train.preferences.filters import Pair, describe_counts, filter_pairs
+from train.preferences.filters import Pair
 
 Teacher = Literal["original", "abliterated"]
 TEACHERS: tuple[Teacher, ...] = ("original", "abliterated")
@@ -36,11 +37,15 @@ class Material:
         pairs: of all sources, filtered.
         anchors: the rows of each anchor, in the recipe's order.
         counts: per source, how many pairs were kept or dropped for which reason.
+        domains: how many pairs there are of each domain, where sources name any.
+        refusal_limit: what the filter by the direction was calibrated to, where it is on.
     """
 
     pairs: list[Pair]
     anchors: list[list[TeacherRow]]
     counts: dict[str, dict[str, int]]
+    domains: dict[str, int]
+    refusal_limit: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,21 @@ class Piece:
         path: where it lies.
         teacher: the model that makes it.
         make: writes it on the main process; called on every process.
+        is_last: made when all others are there, which it reads.
     """
 
     path: Path
     teacher: Teacher
     make: Callable[[PreTrainedModel], None]
+    is_last: bool = False
 
 
 def prepare(
-    recipe: Recipe, work: Path, upstream: Mapping[str, Path], excluded: frozenset[str]
+    recipe: Recipe,
+    work: Path,
+    upstream: Mapping[str, Path],
+    excluded: frozenset[str],
+    more: Sequence[Piece] = (),
 ) -> Material:
     """Make what is missing, and read everything.
 
@@ -68,25 +79,33 @@ def prepare(
         work: folder for the pieces.
         upstream: the folder of stage one.
         excluded: normalized questions of the benchmarks.
+        more: files that the models make as well, for others to read.
 
     Raises:
         StageError: if the filters leave no pair.
     """
     tokenizer = load_tokenizer(upstream["abliteration"] / "model")
-    pieces = _pieces(recipe, work, tokenizer)
+    screen = pairs.Screen(recipe, work, upstream["abliteration"], excluded, tokenizer)
+    pieces = [*_pieces(recipe, work, tokenizer, screen), *more]
     missing = distributed.broadcast(
         [piece.path.name for piece in pieces if not piece.path.exists()]
     )
-    for teacher in TEACHERS:
-        due = [piece for piece in pieces if piece.teacher == teacher and piece.path.name in missing]
+    for is_last, teacher in product((False, True), TEACHERS):
+        due = [
+            piece
+            for piece in pieces
+            if piece.teacher == teacher and piece.is_last == is_last and piece.path.name in missing
+        ]
         if due:
             _make(due, _load_teacher(recipe, teacher, upstream))
-    pairs, counts = _read_pairs(recipe, work, excluded)
+    found, counts = pairs.mix(recipe, screen)
     anchors = [
         load_rows(work / f"anchor-{index}.safetensors")
         for index in range(len(recipe.train.anchors))
     ]
-    return Material(pairs, anchors, counts)
+    domains = Counter(pair.domain for pair in found if pair.domain is not None)
+    limit = screen.limit().as_data() if recipe.train.filters.direction else None
+    return Material(found, anchors, counts, dict(sorted(domains.items())), limit)
 
 
 def _make(pieces: Sequence[Piece], model: PreTrainedModel) -> None:
@@ -105,49 +124,30 @@ def _load_teacher(
     )
 
 
-def _pieces(recipe: Recipe, work: Path, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+def _pieces(
+    recipe: Recipe, work: Path, tokenizer: PreTrainedTokenizerBase, screen: pairs.Screen
+) -> list[Piece]:
     pieces = []
     for index, source in enumerate(recipe.train.preferences):
         if isinstance(source, OnPolicy):
-            for teacher in TEACHERS:
-                path = _answers_path(work, teacher, index)
-                pieces.append(
-                    Piece(path, teacher, _answers_maker(recipe, source, tokenizer, path, teacher))
-                )
+            files = pairs.AnswerFiles(work, index)
+            pieces += [
+                Piece(files.chosen, "original", pairs.answers_maker(source, tokenizer, files)),
+                Piece(
+                    files.candidates,
+                    "abliterated",
+                    pairs.candidates_maker(source, tokenizer, files, recipe.seed),
+                ),
+            ]
+            if source.num_candidates > 1:
+                make = pairs.scores_maker(source, tokenizer, files)
+                pieces.append(Piece(files.scores, "original", make, is_last=True))
     for index, anchor in enumerate(recipe.train.anchors):
         path = work / f"anchor-{index}.safetensors"
         pieces.append(Piece(path, anchor.to, _anchor_maker(anchor, tokenizer, path)))
+    if recipe.train.filters.direction:  # behind the scores, which decide what is rejected
+        pieces.append(Piece(screen.path, "original", screen.make, is_last=True))
     return pieces
-
-
-def _answers_path(work: Path, teacher: Teacher, index: int) -> Path:
-    return work / f"answers-{teacher}-{index}.jsonl"
-
-
-def _answers_maker(
-    recipe: Recipe,
-    source: OnPolicy,
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path,
-    teacher: Teacher,
-) -> Callable[[PreTrainedModel], None]:
-    def make(model: PreTrainedModel) -> None:
-        prompts = load_prompts(source.prompts)
-        ids = generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=source.max_new_tokens,
-            batch_size=source.batch_size,
-            temperature=0.0 if teacher == "original" else source.temperature,
-            seed=recipe.seed,
-            description=f"answers of the {teacher} model",
-        )
-        answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in ids]
-        if distributed.is_main():
-            artifacts.write_jsonl(path, [{"answer": answer} for answer in answers])
-
-    return make
 
 
 def _anchor_maker(
@@ -162,31 +162,3 @@ def _anchor_maker(
             save_rows(rows, path)
 
     return make
-
-
-def _read_pairs(
-    recipe: Recipe, work: Path, excluded: frozenset[str]
-) -> tuple[list[Pair], dict[str, dict[str, int]]]:
-    pairs: list[Pair] = []
-    counts: dict[str, dict[str, int]] = {}
-    for index, source in enumerate(recipe.train.preferences):
-        if isinstance(source, OnPolicy):
-            chosen, rejected = (
-                [row["answer"] for row in artifacts.read_jsonl(_answers_path(work, teacher, index))]
-                for teacher in TEACHERS
-            )
-            found = on_policy.pair(load_prompts(source.prompts), chosen, rejected)
-        else:
-            found = dataset.load(source)
-        kept, count = filter_pairs(found, excluded)
-        pairs += kept
-        name = f"{index}: {found[0].source}"
-        counts[name] = count
-        logger.info("train: pairs of source %s: %s", name, describe_counts(count))
-    if not pairs:
-        raise StageError(
-            "train: the filters left no preference pair ("
-            + "; ".join(f"{name}: {describe_counts(count)}" for name, count in counts.items())
-            + "); give prompts on which the edit changes the answer, or other data"
-        )
-    return pairs, counts

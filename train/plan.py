@@ -1,27 +1,28 @@
 """The plan that `--check` prints: what runs and what is reused, steps, memory, disk, and where defaults differ."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from math import ceil
 
 import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from common import chat, distributed
+from common.architecture import find_blocks
 from common.model import auto_class, load_config, load_tokenizer, resolve, weight_files
 from common.prompts import load_prompts
 from common.recipe import OnPolicy, Recipe
-from train import settings
+from train import settings, stopping
 from train.adapter import build_adapter
+from train.launch import Strategy, launch_strategy
+from train.memory import TILES_OF_TORCH, TILES_OF_TRITON, Shape, training_memory
 from train.stage import source_module
 
 GIB = 2**30
-# A gradient and Adam's two moments per trained parameter, in float32.
-TRAINED_BYTES_PER_PARAMETER = 12
-# Activations kept for the backward pass per token and layer, in multiples of the width: about 34 in
-# Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1, in bytes at 2 bytes a number, so 17 numbers).
-ACTIVATION_NUMBERS = 17
 
 
 def plan_lines(recipe: Recipe, stages: Sequence[tuple[str, bool, str]]) -> list[str]:
@@ -52,8 +53,12 @@ def _details(recipe: Recipe) -> Iterator[str]:
     yield f"pairs         at most {pairs}, {batch} a step, {_num_steps(recipe, pairs)} steps"
     for anchor in recipe.train.anchors:
         yield f"anchor        to the {anchor.to} model, {anchor.batch_size} prompts a step, weight {anchor.weight:g}"
-    world = distributed.world_size()
-    yield f"memory        about {memory_bytes(recipe) / GIB:.2f} GiB in each of {world} process(es)"
+    if recipe.train.stopping is not None:
+        asked = len(stopping.prompts_used(recipe.train.stopping))
+        yield f"stopping      {asked} prompts are answered every {recipe.train.stopping.every} steps"
+    yield f"memory        {memory_line(recipe, launch_strategy(), distributed.device().type)}"
+    if recipe.train.load_in_4bit:
+        yield "adapter       trained on weights in 4 bits, merged into the full-precision ones"
     yield f"disk          about {disk_bytes(recipe) / GIB:.2f} GiB"
 
 
@@ -81,39 +86,104 @@ def _most_pairs(recipe: Recipe) -> int:
     )
 
 
-def memory_bytes(recipe: Recipe) -> int:
-    """The larger of stage two (weights, gradients, optimizer, activations) and stage three (two models)."""
-    base = resolve(recipe.model.name_or_path, recipe.model.revision)
-    config = load_config(base)
+def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
+    """The memory that each process takes in words: the larger of stage two and of stage three's two whole models.
+
+    Args:
+        recipe: a checked recipe.
+        strategy: of the launch.
+        device: `cpu` or `cuda`, where it is taken.
+    """
+    shape = model_shape(recipe, strategy.processes, device)
+    memory = training_memory(shape, strategy)
+    parts = ", ".join(
+        f"{part.name} {getattr(memory, part.name) / GIB:.2f}" for part in fields(memory)
+    )
+    models = 2 * shape.weights * shape.width
+    unit = "process" if device == "cpu" else "GPU"
+    plural = "es" if device == "cpu" else "s"
+    where = (
+        f"on each of {strategy.processes} {unit}{plural}"
+        if strategy.processes > 1
+        else f"on one {unit}"
+    )
+    rest = f"; stage three's two models take {models / GIB:.2f}" if models > memory.total else ""
+    return (
+        f"about {max(memory.total, models) / GIB:.2f} GiB {where} ({strategy.name}: {parts}{rest})"
+    )
+
+
+def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:
+    """What of a recipe and its model's configuration decides memory, without loading a weight."""
+    config = load_config(resolve(recipe.model.name_or_path, recipe.model.revision))
     with init_empty_weights():
         model: PreTrainedModel = auto_class(config).from_config(config)
     text = config.get_text_config()  # of a vision-language model, the part that holds the layers
     stored = config.dtype or text.dtype or torch.float32
     dtype = stored if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    width: int = dtype.itemsize
-    weights: int = width * sum(parameter.numel() for parameter in model.parameters())
-    training = weights + TRAINED_BYTES_PER_PARAMETER * _num_trained(recipe, model)
-    return max(training + _activation_bytes(recipe, text, width), 2 * weights)
-
-
-def _activation_bytes(recipe: Recipe, text: PreTrainedConfig, width: int) -> int:
     trainer = recipe.train.trainer
-    per_device, _ = settings.share_batch(
-        recipe.train.global_batch_size,
-        distributed.world_size(),
-        trainer.get("per_device_train_batch_size"),
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    packed = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
+    blocks = [_numel(module) for module in (*find_blocks(model), model.get_input_embeddings())]
+    weights, heads = _numel(model), text.num_attention_heads
+    moments, moment_bytes = _optimizer_state(str(trainer.get("optim", "")))
+    return Shape(
+        weights=weights,
+        packed=packed if recipe.train.load_in_4bit else 0,
+        trained=_num_trained(recipe, model),
+        adapter=recipe.train.adapter is not None,
+        width=dtype.itemsize,
+        largest_block=max(blocks),
+        tokens=_tokens(recipe, processes),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
+        inner=_inner_width(text),
+        vocabulary=text.vocab_size,
+        tiles=TILES_OF_TORCH if device == "cpu" else TILES_OF_TRITON,
+        checkpointing=bool(
+            trainer.get("gradient_checkpointing", trainer.get("activation_checkpointing", False))
+        ),
+        moments=moments,
+        moment_bytes=moment_bytes,
     )
-    tokens = 2 * per_device * int(trainer.get("max_length") or 1024)
-    checkpointing = trainer.get(
-        "gradient_checkpointing", trainer.get("activation_checkpointing", False)
+
+
+def _tokens(recipe: Recipe, processes: int) -> int:
+    """Tokens of a forward pass: both answers of its pairs at full length, and the anchors' rows beside them."""
+    trainer = recipe.train.trainer
+    per_device, accumulation = settings.share_batch(
+        recipe.train.global_batch_size, processes, trainer.get("per_device_train_batch_size")
     )
-    kept: int = 1 if checkpointing else ACTIVATION_NUMBERS
-    num_bytes: int = kept * tokens * text.hidden_size * text.num_hidden_layers * width
-    return num_bytes
+    pairs = 2 * per_device * int(trainer.get("max_length") or 1024)
+    # As if their prompts were as long as their answers.
+    return pairs + sum(
+        ceil(anchor.batch_size / (processes * accumulation)) * 2 * anchor.max_new_tokens
+        for anchor in recipe.train.anchors
+    )
+
+
+def _inner_width(text: PreTrainedConfig) -> int:
+    """What an MLP computes inside for one token: in all experts that it goes through."""
+    names = ("moe_intermediate_size", "intermediate_size", "n_inner")
+    width = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    return int(width or 4 * text.hidden_size) * int(experts)
+
+
+def _optimizer_state(name: str) -> tuple[int, int]:
+    """How many numbers an optimizer keeps per trained one, and their bytes (0: as many as the trained one's)."""
+    if name.startswith(("sgd", "adafactor")):
+        return 0, 0
+    return 1 if "lion" in name else 2, 1 if "8bit" in name else 0
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _num_trained(recipe: Recipe, model: PreTrainedModel) -> int:
     if recipe.train.adapter is None:
-        return sum(parameter.numel() for parameter in model.parameters())
+        return _numel(model)
     adapted = get_peft_model(model, build_adapter(recipe.train.adapter), low_cpu_mem_usage=True)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

@@ -188,6 +188,7 @@ def _plan(
     compared: Mapping[str, int],
 ) -> list[Step]:
     from common.model import identity_files, resolve  # noqa: PLC0415
+    from eval.quick import QuickEvaluation  # noqa: PLC0415
 
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
     upstream = store.hash_of_files(identity_files(base))
@@ -195,7 +196,9 @@ def _plan(
     for name, stage in stages.items():
         own = stage.inputs(recipe, excluded) if name == "train" else stage.inputs(recipe)
         entry = store.entry(name, stage.VERSION, {"upstream": upstream, "seed": recipe.seed, **own})
-        run = partial(stage.run, excluded=excluded) if name == "train" else stage.run
+        # Stage two evaluates while it trains; what that is only stage three knows.
+        more = {"excluded": excluded, "quick": QuickEvaluation} if name == "train" else {}
+        run = partial(stage.run, **more)
         steps.append(Step(name, entry, run, compared))
         upstream = entry.fingerprint
     return steps

@@ -95,6 +95,7 @@ _LAUNCH: Final = (
     "the launch decides; choose a file of configs/ with accelerate launch --config_file"
 )
 _NO_EVALUATION: Final = "training has no evaluation set; stage 3 measures, see eval.benchmarks"
+_STOPPING: Final = "use train.stopping, which evaluates during training and keeps the best weights"
 _NO_UPLOAD: Final = "training uploads nothing; upload the finished release folder"
 _TRACKING: Final = "use tracking of the recipe"
 
@@ -111,6 +112,7 @@ OWNED: Final[Mapping[str, str]] = {
     "trackio_static_space_id": _TRACKING,
     "resume_from_checkpoint": "an interrupted run goes on by itself when it is started again",
     "gradient_accumulation_steps": "it follows from train.global_batch_size",
+    "restore_callback_states_from_checkpoint": "an interrupted run goes on by itself when it is started again",
     "auto_find_batch_size": "it would change train.global_batch_size",
     "remove_unused_columns": "the columns are this program's",
     "push_to_hub": _NO_UPLOAD,
@@ -123,10 +125,10 @@ OWNED: Final[Mapping[str, str]] = {
     "do_train": "a stage of the recipe trains",
     "do_eval": _NO_EVALUATION,
     "do_predict": _NO_EVALUATION,
-    "eval_strategy": _NO_EVALUATION,
-    "eval_steps": _NO_EVALUATION,
+    "eval_strategy": _STOPPING,
+    "eval_steps": _STOPPING,
     "eval_delay": _NO_EVALUATION,
-    "eval_on_start": _NO_EVALUATION,
+    "eval_on_start": _STOPPING,
     "eval_accumulation_steps": _NO_EVALUATION,
     "eval_do_concat_batches": _NO_EVALUATION,
     "eval_use_gather_object": _NO_EVALUATION,
@@ -136,9 +138,9 @@ OWNED: Final[Mapping[str, str]] = {
     "batch_eval_metrics": _NO_EVALUATION,
     "bf16_full_eval": _NO_EVALUATION,
     "fp16_full_eval": _NO_EVALUATION,
-    "load_best_model_at_end": _NO_EVALUATION,
-    "metric_for_best_model": _NO_EVALUATION,
-    "greater_is_better": _NO_EVALUATION,
+    "load_best_model_at_end": _STOPPING,
+    "metric_for_best_model": _STOPPING,
+    "greater_is_better": _STOPPING,
     "label_names": _NO_EVALUATION,
     "label_smoothing_factor": "DPO does not read it; its own is label_smoothing",
     "length_column_name": "DPO has no batches by length",
@@ -155,6 +157,7 @@ OWNED: Final[Mapping[str, str]] = {
     "trust_remote_code": "code of a model folder is never run",
 }
 
+_NO_INIT: Final = "it is for an initialisation that train.adapter.init_lora_weights refuses"
 OWNED_ADAPTER: Final[Mapping[str, str]] = {
     "task_type": "it is always CAUSAL_LM",
     "peft_type": "it is always LORA",
@@ -168,6 +171,16 @@ OWNED_ADAPTER: Final[Mapping[str, str]] = {
     "layer_replication": "the edit would not know the repeated layers",
     "lora_bias": "it cannot be merged into layers without biases",
     "runtime_config": "it is not saved with an adapter, so a release could not be rebuilt",
+    "loftq_config": _NO_INIT,
+    "eva_config": _NO_INIT,
+    "corda_config": _NO_INIT,
+    "lora_ga_config": _NO_INIT,
+    "kasa_config": "it cuts the base's smallest singular values off, so the reference is not the abliterated model",
+    "monteclora_config": "its noise gives the same model other answers each time, so the reference is none",
+    "arrow_config": "it routes between adapters that are trained already",
+    "alora_invocation_tokens": "it works behind some tokens only, so it cannot be merged",
+    "use_qalora": "it is for GPTQ weights and cannot be merged; use train.load_in_4bit",
+    "qalora_group_size": "it is for GPTQ weights; use train.load_in_4bit",
 }
 GONE_ADAPTER: Final[Mapping[str, str]] = {
     "lora_r": "use r",
@@ -181,6 +194,35 @@ GONE_ADAPTER: Final[Mapping[str, str]] = {
 
 # Initialisations with which an untrained adapter changes nothing and the base stays as it is.
 _SAFE_INITS: Final = (True, "gaussian", "orthogonal")
+_REWRITES: Final = (
+    "rewrites the base's weights, so with the adapter off the reference is not the abliterated model (the first loss "
+    "is not ln 2)"
+)
+# Why each of peft's others is refused; pissa_niter_16 is a kind of pissa.
+REFUSED_INITS: Final[Mapping[str, str]] = {
+    "pissa": _REWRITES,
+    "olora": _REWRITES,
+    "corda": _REWRITES,
+    "lora_ga": _REWRITES,
+    "loftq": _REWRITES,
+    "eva": "needs activations of the training data, which peft is not handed here",
+    "mica": "writes along the base's weakest directions only, and what the edit removed is the first of them",
+    "false": "begins with a random change, so the first loss is not ln 2",
+}
+# Preference losses of other trainers, and how to come near them here: TRL 1.16 has KTO as a trainer of its own, and
+# ORPO and CPO (with SimPO and AlphaPO) as experiments that may change without notice.
+OTHER_TRAINERS: Final[Mapping[str, str]] = {
+    "orpo": "has no reference, and TRL keeps it as an experiment; use [sigmoid_norm, sft] with loss_weights",
+    "simpo": "has no reference, and TRL keeps it as an experiment (CPO); use sigmoid_norm, which is DPO by length",
+    "alphapo": "has no reference, and TRL keeps it as an experiment (CPO); use sigmoid_norm",
+    "cpo": "has no reference, and TRL keeps it as an experiment; use [sigmoid, sft] with loss_weights",
+    "kto": "is for answers without a partner, in a trainer of its own; use apo_zero or bco_pair on the pairs",
+    "kto_pair": "is gone from TRL; use apo_zero or bco_pair",
+    "rpo": "is two losses; use [sigmoid, sft] with loss_weights",
+    "dpo": "is called sigmoid",
+    "dpo_norm": "is called sigmoid_norm",
+    "nll": "is called sft",
+}
 _USED_BY: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
     "label_smoothing": ("loss_type", frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})),
     "discopop_tau": ("loss_type", frozenset({"discopop"})),
@@ -227,11 +269,20 @@ def check_trainer(block: Mapping[str, Any], *, adapter: bool = True) -> list[str
             try:
                 values[key] = _coerce(value, known[key], _words(key))
             except ValueError as error:
-                problems.append(f"{name}: {error}")
+                problems.append(f"{name}: {_elsewhere(key, value) or error}")
     problems += [
         f"{TRAINER}.{key}: {text}" for key, text in _contradictions(values, adapter=adapter)
     ]
     return problems
+
+
+def _elsewhere(key: str, value: object) -> str | None:
+    """Say what comes near a loss that another trainer has."""
+    losses = value if isinstance(value, list | tuple) else [value]
+    named = [str(loss).lower() for loss in losses if str(loss).lower() in OTHER_TRAINERS]
+    if key != "loss_type" or not named:
+        return None
+    return "; ".join(f"{loss} {OTHER_TRAINERS[loss]}" for loss in named)
 
 
 def check_adapter(
@@ -494,14 +545,8 @@ def _adapter_faults(
     for key in ("r", "lora_alpha"):
         if key in values and values[key] < 1:
             yield key, f"is {values[key]}, but must be 1 or more"
-    init = values.get("init_lora_weights", True)
-    if not any(init is safe or (isinstance(init, str) and init == safe) for safe in _SAFE_INITS):
-        yield (
-            "init_lora_weights",
-            f"{_show(init)} changes what the untrained adapter or its base computes, so with the "
-            "adapter off the reference is not the abliterated model (the first loss is not ln 2); "
-            f"use one of: {', '.join(_show(safe) for safe in _SAFE_INITS)}",
-        )
+    if reason := _init_fault(values.get("init_lora_weights", True)):
+        yield "init_lora_weights", reason
     for key in ("target_modules", "modules_to_save"):
         if _names_head(values.get(key)):
             yield (
@@ -523,6 +568,16 @@ def _adapter_faults(
         )
     if not 0 <= dropout < 1:
         yield "lora_dropout", f"is {dropout}, but must lie in [0, 1)"
+
+
+def _init_fault(init: object) -> str | None:
+    """Say why an initialisation of peft cannot be used, or None."""
+    if any(init is safe or (isinstance(init, str) and init == safe) for safe in _SAFE_INITS):
+        return None
+    word = _show(init).lower()
+    kind = "pissa" if re.fullmatch(r"pissa_niter_\d+", word) else word
+    reason = REFUSED_INITS.get(kind, "is none of peft's")
+    return f"{_show(init)} {reason}; use one of: {', '.join(_show(safe) for safe in _SAFE_INITS)}"
 
 
 def _names_head(modules: object) -> bool:

@@ -1,10 +1,11 @@
 """Stage two: from the abliterated model to a healed one: an adapter, or a whole model."""
 
 import importlib
+import importlib.util
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,38 @@ import datasets
 import torch
 import wandb
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from common import artifacts, distributed
+from common.artifacts import Stopwatch
 from common.edits import SIDECAR, load_edit
 from common.errors import InputError
 from common.model import identity_files, load_model, load_tokenizer, tokenizer_files
 from common.prompts import check_prompts, load_prompts
-from common.recipe import Recipe
+from common.recipe import Recipe, Stopping
 from common.tracking import tracking_mode
-from train import constraint, settings
-from train.adapter import build_adapter
+from train import pairs, settings, stopping
+from train.adapter import (
+    answer_logits,
+    build_adapter,
+    carried_over,
+    keep_adapter_in_float32,
+    merge,
+    merge_tolerance,
+    require_same_answers,
+)
 from train.anchors import AnchorBatches
+from train.constraint import keep_ablated
+from train.launch import launch_strategy
 from train.material import Material, prepare
 from train.progress import StepBar
+from train.pull import distance_from
 from train.references import References
+from train.stopping import Baseline, QuickEvaluation, StopWhenHealed
 from train.trainer import HealingTrainer, WeightedAnchor
 
-VERSION = 2
+VERSION = 3
 # Settings of the trainer that change what is written down or how fast, and never the result.
 NO_INFLUENCE = frozenset(
     {
@@ -56,14 +70,19 @@ NO_INFLUENCE = frozenset(
     }
 )
 
+# What the merged model is asked: pairs, and tokens of each.
+MERGE_ROWS, MERGE_TOKENS = 8, 512
+
 logger = logging.getLogger(__name__)
 
 
 def check(recipe: Recipe) -> list[str]:
     """What would stop this stage, found without loading a weight."""
     problems = settings.check(recipe.train.trainer, recipe.train.adapter)
+    problems += _four_bit_problems(recipe)
     for index, source in enumerate(recipe.train.preferences):
         problems += source_module(source.name).check(source, f"train.preferences[{index}]")
+    problems += pairs.check(recipe)
     for index, anchor in enumerate(recipe.train.anchors):
         problems += check_prompts(anchor.prompts, f"train.anchors[{index}].prompts")
     try:
@@ -74,7 +93,26 @@ def check(recipe: Recipe) -> list[str]:
         )
     except InputError as error:
         problems.append(str(error))
+    # What cannot be loaded has been told; what can is compared.
+    problems += stopping.check(recipe, [] if problems else _trained_on(recipe))
     return problems
+
+
+def _four_bit_problems(recipe: Recipe) -> list[str]:
+    if not recipe.train.load_in_4bit:
+        return []
+    key = "train.load_in_4bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return [
+            f"{key}: needs bitsandbytes, which is not installed; run `pip install -e '.[quantized]'`"
+        ]
+    strategy = launch_strategy()
+    if strategy.shards_weights:
+        return [
+            f"{key}: {strategy.name} would share out weights that are packed; launch with configs/gpu.yaml or "
+            "configs/ddp.yaml, or train on full precision"
+        ]
+    return []
 
 
 def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
@@ -87,7 +125,9 @@ def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
     """
     section = recipe.train
     return {
-        "settings": section.model_dump(mode="json", exclude={"preferences", "anchors", "trainer"}),
+        "settings": section.model_dump(
+            mode="json", exclude={"preferences", "anchors", "trainer", "stopping"}
+        ),
         "trainer": {
             key: value for key, value in section.trainer.items() if key not in NO_INFLUENCE
         },
@@ -101,11 +141,16 @@ def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
             }
             for anchor in section.anchors
         ],
+        "stopping": stopping.inputs(section.stopping),
     }
 
 
 def prompts_used(recipe: Recipe) -> list[str]:
-    """Every prompt that training takes as it is, for the overlap check against the benchmarks."""
+    """Every prompt that training takes or is stopped by, for the overlap check against the benchmarks."""
+    return [*_trained_on(recipe), *stopping.prompts_used(recipe.train.stopping)]
+
+
+def _trained_on(recipe: Recipe) -> list[str]:
     texts = [text for anchor in recipe.train.anchors for text in load_prompts(anchor.prompts)]
     for source in recipe.train.preferences:
         texts += source_module(source.name).prompts_used(source)
@@ -118,6 +163,7 @@ def run(
     upstream: Mapping[str, Path],
     tracker: wandb.Run,
     excluded: frozenset[str],
+    quick: Callable[[Stopping, int], QuickEvaluation],
 ) -> None:
     """Make the material, train, and save the adapter or model.
 
@@ -127,28 +173,49 @@ def run(
         upstream: folders of finished stages.
         tracker: this stage's wandb run; trl's metrics go there too.
         excluded: normalized questions of the benchmarks: pairs about them are dropped.
+        quick: stage three's quick evaluation, made from `train.stopping` and the seed.
     """
+    watch = Stopwatch()
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
-    material = prepare(recipe, work, upstream, excluded)
+    baseline = _baseline(recipe, work, upstream, quick)
+    material = prepare(recipe, work, upstream, excluded, baseline.pieces if baseline else ())
     if distributed.is_main():
         artifacts.write_jsonl(folder / "pairs.jsonl", [pair.as_row() for pair in material.pairs])
     distributed.barrier()
 
     trainer = _build_trainer(recipe, folder, upstream, material)
+    stopper = StopWhenHealed(baseline, trainer.log, work, watch) if baseline else None
+    if stopper is not None:
+        trainer.add_callback(stopper)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
     save(trainer, upstream["abliteration"] / "model", folder)
+    if recipe.train.adapter is not None and distributed.is_main():
+        _check_merge(recipe, trainer, upstream["abliteration"] / "model", folder / "adapter")
     if distributed.is_main():
-        _record(recipe, trainer, material, folder, tracker)
+        _record(recipe, trainer, material, folder, tracker, stopper)
         shutil.rmtree(work)
     distributed.barrier()
+
+
+def _baseline(
+    recipe: Recipe,
+    work: Path,
+    upstream: Mapping[str, Path],
+    quick: Callable[[Stopping, int], QuickEvaluation],
+) -> Baseline | None:
+    settings = recipe.train.stopping
+    if settings is None:
+        return None
+    tokenizer = load_tokenizer(upstream["abliteration"] / "model")
+    return Baseline(settings, quick(settings, recipe.seed), tokenizer, work)
 
 
 def _build_trainer(
     recipe: Recipe, folder: Path, upstream: Mapping[str, Path], material: Material
 ) -> HealingTrainer:
     base = upstream["abliteration"] / "model"
-    model = load_model(base, dtype=recipe.model.dtype)
+    model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
     arguments = settings.build_trainer_settings(
         recipe,
         output_dir=folder / "work" / "checkpoints",
@@ -160,11 +227,6 @@ def _build_trainer(
         else "none",
     )
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
-    if recipe.train.keep_ablated == "hard" and not edit.removals:
-        logger.info("train: the edit removes nothing, so there is nothing for keep_ablated to hold")
-    callbacks: list[TrainerCallback] = []
-    if recipe.train.keep_ablated == "hard" and recipe.train.adapter is None:
-        callbacks.append(constraint.KeepAblated(constraint.full_projections(model, edit)))
     trainer = HealingTrainer(
         model=model,
         args=arguments,
@@ -173,15 +235,15 @@ def _build_trainer(
         peft_config=build_adapter(recipe.train.adapter)
         if recipe.train.adapter is not None
         else None,
-        callbacks=callbacks,
         anchors=_weighted_anchors(recipe, material),
         share_prompts=recipe.train.engine == "shared",
         references=_references(recipe, base),
     )
-    if recipe.train.keep_ablated == "hard" and recipe.train.adapter is not None:
-        trainer.add_callback(
-            constraint.KeepAblated(constraint.lora_projections(trainer.model, edit))
-        )
+    keep_ablated(trainer, edit, recipe.train.keep_ablated)
+    if recipe.train.l2 is not None:
+        trainer.pull = (recipe.train.l2, distance_from(trainer.model))
+    if recipe.train.load_in_4bit:
+        keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepBar())
@@ -201,6 +263,7 @@ def _references(recipe: Recipe, base: Path) -> References:
             "dtype": recipe.model.dtype,
             "engine": recipe.train.engine,
             **{name: trainer.get(name) for name in ("bf16", "fp16", "ld_alpha")},
+            "load_in_4bit": recipe.train.load_in_4bit,
         }
     )
     return References(store.root / "references" / key[:24])
@@ -254,13 +317,47 @@ def save(trainer: HealingTrainer, base: Path, folder: Path) -> None:
         _copy(base / SIDECAR, target / SIDECAR)
 
 
+def _check_merge(recipe: Recipe, trainer: HealingTrainer, base: Path, adapter: Path) -> None:
+    """Hold what stage three and the release will load against what was trained."""
+    if launch_strategy().shards_weights:
+        logger.info("train: no process holds the trained model whole, so its merge is not checked")
+        return
+    rows = [
+        [*row["prompt_ids"], *row["chosen_ids"]][:MERGE_TOKENS]
+        for row in trainer.train_dataset.select(range(min(MERGE_ROWS, len(trainer.train_dataset))))
+    ]
+    full = load_model(base, dtype=recipe.model.dtype)
+    tolerance = merge_tolerance(full.dtype, half=trainer.args.bf16 or trainer.args.fp16)
+    expected, note = answer_logits(trainer.model, rows), ""
+    if recipe.train.load_in_4bit:
+        with trainer.model.disable_adapter():
+            packed = answer_logits(trainer.model, rows)
+        expected, lost = carried_over(expected, packed, answer_logits(full, rows))
+        tolerance += lost
+        note = "; it was trained on weights in 4 bits and is merged into the full-precision ones"
+    answers = answer_logits(merge(full, adapter), rows)
+    share = require_same_answers(expected, answers, tolerance)
+    logger.info(
+        "train: with the adapter merged in, logits differ from the trained model's by %.1e of their spread "
+        "(limit %.2g)%s",
+        share,
+        tolerance,
+        note,
+    )
+
+
 def _copy(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, target)
 
 
 def _record(
-    recipe: Recipe, trainer: HealingTrainer, material: Material, folder: Path, tracker: wandb.Run
+    recipe: Recipe,
+    trainer: HealingTrainer,
+    material: Material,
+    folder: Path,
+    tracker: wandb.Run,
+    stopper: StopWhenHealed | None,
 ) -> None:
     history = trainer.state.log_history
     artifacts.write_jsonl(folder / "log.jsonl", history)
@@ -269,17 +366,24 @@ def _record(
         "steps": trainer.state.global_step,
         "pairs": len(material.pairs),
         "pair_counts": material.counts,
+        "pair_domains": material.domains,
+        "refusal_limit": material.refusal_limit,
         "anchor_prompts": [len(rows) for rows in material.anchors],
         "first": steps[0] if steps else {},
         "last": steps[-1] if steps else {},
         "keep_ablated": recipe.train.keep_ablated,
     }
+    if stopper is not None:
+        summary["stopping"] = stopper.summary()
     artifacts.write_json(folder / "summary.json", summary)
     tracker.summary.update({"pairs": len(material.pairs), "steps": trainer.state.global_step})
     for name, counts in material.counts.items():
         tracker.summary.update(
             {f"pairs/{name}/{reason}": count for reason, count in counts.items()}
         )
+    tracker.summary.update(
+        {f"domains/{domain}": count for domain, count in material.domains.items()}
+    )
     if steps:
         logger.info(
             "train: %d steps, loss %.4f to %.4f, rewards/margins %.3f",

@@ -15,6 +15,9 @@ from trl import DPOTrainer
 from common import distributed
 from common.errors import StageError
 from train.anchors import AnchorBatches, TeacherRow, anchor_loss
+from train.constraint import penalty, penalty_weight
+from train.drift import Drift, residual
+from train.pull import Distance
 from train.references import References, pair_key, token_rows
 from train.shared_prompts import PairCollator, SharedPrompts, take_packed
 
@@ -68,6 +71,10 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             references: where reference log-probabilities are kept for other trainings from the same model.
             kwargs: DPOTrainer's.
         """
+        # What is logged and what costs something; an adapter is there only behind this constructor.
+        self.drifts: Sequence[Drift] = ()
+        self.penalized: Sequence[Drift] = ()
+        self.pull: tuple[float, Distance] | None = None
         self.references = references
         self.shares_prompts = share_prompts
         if share_prompts:
@@ -107,7 +114,29 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             self._guard_reference()
         for anchor in self.anchors:
             loss = loss + anchor.weight * self._anchor_term(model, anchor)
+        if self.penalized:
+            loss = loss + self._penalty_term()
+        if self.pull is not None:
+            loss = loss + self._pull_term(*self.pull)
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRL's metrics and what training has added along the removed vectors: `ablation/residual`."""
+        if self.drifts and self.model.training and not math.isnan(found := residual(self.drifts)):
+            logs["ablation/residual"] = found
+        super().log(logs, start_time)
+
+    def _penalty_term(self) -> Tensor:
+        """Of parameters alone, so every forward pass of a step gives the same, and the trainer's average is it."""
+        term = penalty(self.penalized)
+        self._metrics["train"]["keep_ablated/penalty"].append(term.item())
+        return penalty_weight(self.state.global_step, self.state.max_steps) * term
+
+    def _pull_term(self, weight: float, distance: Distance) -> Tensor:
+        """Of parameters alone, as the penalty."""
+        term = distance().to(self.accelerator.device)
+        self._metrics["train"]["l2"].append(term.item())
+        return weight * term
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:  # noqa: ANN401  # DPOTrainer's
         """Log-probabilities [pairs] of the chosen and the rejected answers under the reference, for a batch."""

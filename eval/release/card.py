@@ -228,11 +228,11 @@ def _healed(recipe: Recipe, edit: Edit, healing: Mapping[str, Any]) -> str:
     shape = "all weights"
     if train.adapter is not None:
         shape = f"an adapter merged into the weights ({_settings(train.adapter)})"
-    could = (
-        "not write along the removed direction"
-        if train.keep_ablated == "hard" and edit.removals
-        else "write along any direction"
-    )
+    could = "write along any direction"
+    if edit.removals and train.keep_ablated == "hard":
+        could = "not write along the removed direction"
+    elif edit.removals and train.keep_ablated == "soft":
+        could = "write along the removed direction at a cost in its loss"
     return "\n".join(
         [
             "## How it was healed",

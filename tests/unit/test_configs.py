@@ -21,6 +21,9 @@ EXPECTED = {
     "gpu": ("NO", 1, 1, False, "bf16"),
     "ddp": ("MULTI_GPU", 8, 1, False, "bf16"),
     "fsdp2": ("FSDP", 8, 1, False, "bf16"),
+    "fsdp2-1": ("FSDP", 1, 1, False, "bf16"),
+    "multi-node-fsdp2": ("FSDP", 16, 2, False, "bf16"),
+    "zero2": ("DEEPSPEED", 8, 1, False, "bf16"),
     "zero3": ("DEEPSPEED", 8, 1, False, "bf16"),
     "multi-node": ("MULTI_GPU", 16, 2, False, "bf16"),
 }
@@ -64,8 +67,10 @@ def test_a_configuration_begins_with_the_command_that_uses_it(path):
 
 
 def test_sharded_loading_cannot_leave_a_stage_without_weights():
-    assert load("fsdp2").fsdp_config["fsdp_version"] == 2
-    assert load("fsdp2").fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+    for name in ("fsdp2", "fsdp2-1", "multi-node-fsdp2"):
+        assert load(name).fsdp_config["fsdp_version"] == 2
+        assert load(name).fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+    assert load("zero2").deepspeed_config["zero_stage"] == 2
     assert load("zero3").deepspeed_config["zero_stage"] == 3
     assert load("zero3").deepspeed_config["zero3_init_flag"] is False
     assert load("zero3").deepspeed_config["zero3_save_16bit_model"] is True

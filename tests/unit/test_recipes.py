@@ -28,6 +28,7 @@ FETCHED = [
 # The family of each recipe's model, its depth, and its published chat template by trl's name.
 MODELS = {
     "daredevil-8b": ("llama", 32, "llama3"),
+    "daredevil-8b-anchored": ("llama", 32, "llama3"),
     "gemma-3-12b": ("gemma3", 48, "gemma3"),
     "gpt-oss-20b": ("gpt_oss", 24, "gptoss"),
     "llama-3-70b-instruct": ("llama", 80, "llama3"),
@@ -108,7 +109,7 @@ def test_every_recipe_loads_and_bears_the_name_of_its_file(name):
 
 
 def test_every_recipe_of_a_fetched_model_is_checked_here():
-    assert sorted(MODELS) == FETCHED
+    assert sorted(MODELS) == sorted(FETCHED)
 
 
 @pytest.mark.usefixtures("no_items")
@@ -147,6 +148,34 @@ def test_the_packed_version_of_gpt_oss_is_refused_with_its_reason(localized, cap
     )
     assert run.main([str(path), "--check"]) == 2
     assert "is quantized" in capsys.readouterr().err
+
+
+def test_the_published_recipe_has_its_published_settings():
+    train = load_recipe(RECIPES["daredevil-8b"]).train
+    assert train.adapter == {"r": 64, "lora_alpha": 32, "target_modules": "all-linear"}
+    assert (train.load_in_4bit, train.global_batch_size) == (True, 48)
+    assert (train.keep_ablated, train.anchors) == ("none", ())
+    assert [source.dataset for source in train.preferences] == ["mlabonne/orpo-dpo-mix-40k"]
+    published = {
+        "loss_type": ["sigmoid"],
+        "beta": 0.1,
+        "learning_rate": 5e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "num_train_epochs": 1,
+        "max_length": 2048,
+        "weight_decay": 0.0,
+        "optim": "paged_adamw_8bit",
+    }
+    assert {key: train.trainer[key] for key in published} == published
+
+
+def test_the_two_approaches_on_the_patient_differ_in_training_alone():
+    ours, theirs = (load_recipe(RECIPES[name]) for name in ("patient", "patient-daredevil"))
+    assert (ours.model, ours.abliteration) == (theirs.model, theirs.abliteration)
+    assert ours.eval.benchmarks == theirs.eval.benchmarks
+    assert ours.eval.margin == theirs.eval.margin
+    assert (theirs.train.keep_ablated, theirs.train.anchors) == ("none", ())
 
 
 def test_the_two_sets_of_the_mule_differ_by_the_mood_alone(localized):

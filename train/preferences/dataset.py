@@ -33,6 +33,8 @@ def inputs(source: PreferenceDataset, excluded: frozenset[str]) -> dict[str, obj
     questions = {normalize(pair.question) for pair in pairs}
     return {
         "name": source.name,
+        "weight": source.weight,
+        "cap": source.cap,
         "pairs": artifacts.hash_data([pair.as_row() for pair in pairs]),
         "excluded": sorted(questions & excluded),
     }
@@ -54,7 +56,7 @@ def load(source: PreferenceDataset) -> list[Pair]:
     pairs = []
     for number, row in enumerate(load_rows(source), start=1):
         try:
-            pairs.append(_pair_of(row, columns, name))
+            pairs.append(_pair_of(row, columns, name, source.domain))
         except ValueError as error:
             raise InputError(f"{name}, row {number}: {error}") from error
     if not pairs:
@@ -62,7 +64,7 @@ def load(source: PreferenceDataset) -> list[Pair]:
     return pairs
 
 
-def _pair_of(row: Mapping[str, Any], columns: Columns, name: str) -> Pair:
+def _pair_of(row: Mapping[str, Any], columns: Columns, name: str, domain: str | None) -> Pair:
     missing = [column for column in (columns.chosen, columns.rejected) if row.get(column) is None]
     if missing:
         raise ValueError(
@@ -77,7 +79,19 @@ def _pair_of(row: Mapping[str, Any], columns: Columns, name: str) -> Pair:
     if not prompt or prompt[-1][0] != "user":
         raise ValueError("there is no user turn before the answers; a pair needs a prompt")
     # Only the first differing answer is compared: what follows it would be user turns, which nobody should learn.
-    return Pair(tuple(prompt), chosen[0][1], rejected[0][1], name)
+    return Pair(tuple(prompt), chosen[0][1], rejected[0][1], name, _domain(row, columns) or domain)
+
+
+def _domain(row: Mapping[str, Any], columns: Columns) -> str | None:
+    if columns.domain is None:
+        return None
+    value = row.get(columns.domain)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"column {columns.domain!r} holds no domain (found: {', '.join(row)}); name a column that does in "
+            "train.preferences[..].columns.domain"
+        )
+    return value
 
 
 def _prompt_turns(row: Mapping[str, Any], columns: Columns) -> list[Turn]:

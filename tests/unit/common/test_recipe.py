@@ -184,7 +184,7 @@ BROKEN = [
         "keep_ablated: hard",
         "keep_ablated: no",
         "train.keep_ablated",
-        ["no without quotes is a boolean in YAML", "in quotes", "none, hard"],
+        ["no without quotes is a boolean in YAML", "in quotes", "none, soft, hard"],
     ),
     ("mode: offline", "mode: off", "tracking.mode", ["off without quotes is a boolean"]),
     (

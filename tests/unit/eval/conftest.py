@@ -142,6 +142,7 @@ def finish(
         (train / "summary.json").write_text('{"pairs": 7, "steps": 3}')
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("How are you?\nWho are you?\nWhere?\n")
+        (tmp_path / "other.txt").write_text("Sing a song.\nTell a long tale.\n")
         return Finished(
             _recipe(base, task_folder, prompts), {"abliteration": abliteration, "train": train}
         )

@@ -24,6 +24,7 @@ ROWS = [
     Row("refusal", "restricted", {"harmless": False}),
     Row("divergence", "harmless"),
 ]
+DIRECTION = {"residual": {"abliterated": 1e-16, "healed": 2e-8}}
 PROVENANCE = {"versions": {"torch": "2"}, "seed": 0, "fingerprints": {"train": "ab"}}
 
 
@@ -57,7 +58,7 @@ def planted() -> list[Item]:
 
 def build(accept: dict[str, Limits] | None = None) -> dict:
     settings = Settings("patient", margin=0.05, accept=accept or {}, provenance=PROVENANCE)
-    return results_file.build(settings, ROWS, planted(), {"abliterated": 1e-16, "healed": 2e-8})
+    return results_file.build(settings, ROWS, planted(), DIRECTION)
 
 
 def test_the_results_hold_what_was_planted() -> None:
@@ -106,7 +107,7 @@ def test_refusals_and_divergences_are_those_of_their_items() -> None:
 def test_the_same_items_give_the_same_bytes_through_a_file() -> None:
     items = [Item.from_record(json.loads(json.dumps(item.record()))) for item in planted()]
     settings = Settings("patient", margin=0.05, provenance=PROVENANCE)
-    again = results_file.build(settings, ROWS, items, {"abliterated": 1e-16, "healed": 2e-8})
+    again = results_file.build(settings, ROWS, items, DIRECTION)
     assert json.dumps(again, sort_keys=True) == json.dumps(build(), sort_keys=True)
 
 
@@ -217,3 +218,22 @@ def test_the_markdown_tables_have_as_many_cells_as_heads() -> None:
         head = "| " + " | ".join(block.heads) + " |"
         assert lines[lines.index(head) + 1].count("---") == len(block.heads)
         assert all(len(cells) == len(block.heads) for cells in block.cells)
+
+
+def test_the_table_says_what_is_left_of_the_direction_in_each_form() -> None:
+    results = build()
+    model = {"cosine": -0.5, "norm_ratio": 0.25}
+    results["direction"] |= {
+        "residual_bfloat16": {"abliterated": 1e-3, "healed": 2e-3},
+        "residual_nf4": None,
+        "reestimated": {"original": model, "abliterated": model, "healed": model, "reason": None},
+    }
+    results_file.validate(results)
+    text = screen_table(results)
+    assert "direction: 1.0e-16 left by the edit, 2.0e-08 moved by healing." in text
+    assert "direction, weights in bfloat16: 1.0e-03 left by the edit, 2.0e-03 moved" in text
+    assert "NF4" not in text
+    assert "healed -0.500 (0.25)." in text
+    results["direction"]["reestimated"] = dict.fromkeys(MODELS) | {"reason": "of a reason"}
+    results_file.validate(results)
+    assert "The direction was not estimated again: of a reason." in screen_table(results)

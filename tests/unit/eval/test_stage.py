@@ -25,8 +25,9 @@ from common.recipe import Recipe
 from eval import results as results_file
 from eval import stage
 from eval.benchmarks import refusal
+from eval.direction import share_written, writes_along
 from eval.items import Item
-from eval.subjects import load_healed, load_subject, residual, writes_along
+from eval.subjects import load_healed, load_subject
 from tests.editing import edit_of, vector
 
 
@@ -67,6 +68,10 @@ def test_an_evaluation_leaves_items_and_results_that_follow_from_them(finished, 
     assert results["benchmarks"][0]["original"]["value"] == pytest.approx(sum(original) / 10)
     assert results["provenance"]["fingerprints"] == {"abliteration": "f1"}
     assert results["direction"]["residual"]["abliterated"] < 1e-6
+    assert results["direction"]["residual_bfloat16"]["abliterated"] > 1e-5
+    again = results["direction"]["reestimated"]
+    assert again["reason"] is None
+    assert again["original"]["norm_ratio"] == 1.0
     assert results["accept"]["gates"][0]["name"] == "refusal[restricted].healed.value"
     assert str(tmp_path) not in (folder / "results.json").read_text()
 
@@ -121,12 +126,17 @@ def test_a_fully_trained_model_needs_no_adapter(finished, make_model) -> None:
     assert torch.equal(healed.lm_head.weight, trained.lm_head.weight)
 
 
+def _share_written(edit, original, abliterated, healed):
+    """In one form, that in which both models are saved."""
+    return share_written(edit, original, abliterated, abliterated, healed)
+
+
 def test_the_residual_is_relative_to_what_the_original_wrote(finished, make_model) -> None:
     edit = load_edit(finished.upstream["abliteration"] / "edit.safetensors")
     original = load_subject("original", finished.recipe, finished.upstream)
     abliterated = load_subject("abliterated", finished.recipe, finished.upstream)
     writes = writes_along(original, edit)
-    found = residual(edit, writes, writes_along(abliterated, edit), writes)
+    found = _share_written(edit, writes, writes_along(abliterated, edit), writes)
     assert found["abliterated"] < 1e-6  # float32 weights
     assert found["healed"] == pytest.approx(1.0, abs=1e-6)  # all of it written again
     healed = AutoModelForCausalLM.from_pretrained(finished.upstream["abliteration"] / "model")
@@ -134,7 +144,9 @@ def test_the_residual_is_relative_to_what_the_original_wrote(finished, make_mode
     with torch.no_grad():
         weight += 0.01 * torch.outer(edit.direction.float(), torch.ones(weight.shape[1]))
     expected = 0.01 * weight.shape[1] ** 0.5 / float(writes["model.layers.1.mlp.down_proj"].norm())
-    found = residual(edit, writes, writes_along(abliterated, edit), writes_along(healed, edit))
+    found = _share_written(
+        edit, writes, writes_along(abliterated, edit), writes_along(healed, edit)
+    )
     assert found["healed"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -147,7 +159,7 @@ def test_training_is_charged_with_what_it_moved_and_not_with_what_the_edit_left(
     original = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([10.0])}
     abliterated = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1.0])}
     healed = {"a": torch.tensor([0.0, 1.5]), "b": torch.tensor([1.0])}
-    found = residual(an_edit(a=1.0, b=1.0), original, abliterated, healed)
+    found = _share_written(an_edit(a=1.0, b=1.0), original, abliterated, healed)
     assert found == {"abliterated": pytest.approx(0.2), "healed": pytest.approx(0.1)}
 
 
@@ -155,14 +167,14 @@ def test_what_was_not_edited_is_no_residual_of_the_edit_and_still_held_against_t
     original = {"a": torch.tensor([10.0]), "b": torch.tensor([10.0])}
     abliterated = {"a": torch.tensor([1.0]), "b": torch.tensor([10.0])}
     healed = {"a": torch.tensor([1.0]), "b": torch.tensor([7.0])}
-    found = residual(an_edit(a=0.9, b=0.0), original, abliterated, healed)
+    found = _share_written(an_edit(a=0.9, b=0.0), original, abliterated, healed)
     assert found == {"abliterated": pytest.approx(0.1), "healed": pytest.approx(0.3)}
 
 
 @pytest.mark.parametrize("strengths", [{}, {"a": 0.0}])
 def test_where_nothing_was_removed_there_is_no_residual(strengths) -> None:
     writes = {name: torch.ones(1) for name in strengths}
-    assert residual(an_edit(**strengths), writes, writes, writes) is None
+    assert _share_written(an_edit(**strengths), writes, writes, writes) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
@@ -172,7 +184,7 @@ def test_every_one_of_several_directions_counts(family, build_model) -> None:
     original = writes_along(model, edit)
     apply_to_weights(model, edit)
     abliterated = writes_along(model, edit)
-    found = residual(edit, original, abliterated, abliterated)
+    found = _share_written(edit, original, abliterated, abliterated)
     assert found == {"abliterated": pytest.approx(0, abs=1e-12), "healed": 0.0}
     name = next(name for name in edit.removals if ".1.mlp." in name)
     writer, basis = edited_writers(model, edit)[name], edit.basis(name)
@@ -180,7 +192,7 @@ def test_every_one_of_several_directions_counts(family, build_model) -> None:
     writes = basis[1].expand(*original[name].shape[:-1], -1)
     with torch.no_grad():
         writer.weight.add_(0.01 * as_stored(writes, writer.layout))
-    found = residual(edit, original, abliterated, writes_along(model, edit))
+    found = _share_written(edit, original, abliterated, writes_along(model, edit))
     expected = 0.01 * original[name][..., 0].numel() ** 0.5 / float(original[name].norm())
     assert found["healed"] == pytest.approx(expected)
 

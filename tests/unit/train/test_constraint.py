@@ -4,6 +4,8 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_constraint.p
 """
 
 import copy
+import math
+import re
 
 import pytest
 import torch
@@ -15,7 +17,12 @@ from common.errors import StageError
 from common.hooks import add_for_good
 from tests.editing import edit_of
 from train.adapter import build_adapter
-from train.constraint import KeepAblated, full_projections, lora_projections
+from train.constraint import (
+    KeepAblated,
+    find_drifts,
+    hold_norms,
+)
+from train.drift import lora_drifts, residual
 
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 OTHER = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -51,11 +58,18 @@ def abliterated(build_model):
     return make
 
 
-def _train(model, projections, steps=6):
+def _drifts(model, edit):
+    """What training adds to a model, and nothing else."""
+    drifts, problems = find_drifts(model, edit)
+    assert not problems
+    return drifts
+
+
+def _train(model, drifts, steps=6):
     """Adam steps with weight decay on random batches; the callback acts after each, as in the trainer."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.1)
-    callback = KeepAblated(projections)
+    callback = KeepAblated(drifts)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         ids = torch.randint(3, 280, (2, 8), generator=generator)
@@ -87,13 +101,15 @@ def _heal_with_adapter(model, edit, hold, **settings):
     peft_model = get_peft_model(
         copy.deepcopy(model), build_adapter({"r": 4, "lora_alpha": 8, **settings})
     )
-    _train(peft_model, lora_projections(peft_model, edit) if hold else [])
+    _train(peft_model, _drifts(peft_model, edit) if hold else [])
     return peft_model.merge_and_unload()
 
 
 def _heal_fully(model, edit, hold):
     healed = copy.deepcopy(model)
-    _train(healed, full_projections(healed, edit) if hold else [])
+    if hold:
+        hold_norms(healed, edit)
+    _train(healed, _drifts(healed, edit) if hold else [])
     return healed
 
 
@@ -178,10 +194,10 @@ def test_an_edit_that_only_adds_holds_nothing_back(heal, build_model):
         assert torch.equal(held.state_dict()[name], weight), name
 
 
-def test_every_adapted_writer_gets_a_projection(abliterated):
+def test_every_adapted_writer_is_held(abliterated):
     model, edit = abliterated("llama")
     peft_model = get_peft_model(model, build_adapter({"r": 4}))
-    assert len(lora_projections(peft_model, edit)) == 6
+    assert len(_drifts(peft_model, edit)) == 6
     assert "model.embed_tokens" in edit.removals
 
 
@@ -247,8 +263,8 @@ def test_a_whole_module_that_could_bring_the_direction_back_is_refused(module, a
     targets = ["gate_proj"] if module == "self_attn" else ["q_proj"]
     config = LoraConfig(target_modules=targets, modules_to_save=[module], task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, config)
-    with pytest.raises(StageError, match=rf"the adapter trains .*{module}"):
-        lora_projections(peft_model, edit)
+    _, problems = lora_drifts(peft_model, edit)
+    assert re.match(rf"the adapter trains .*{module}", problems[0])
 
 
 def test_whole_modules_that_write_nowhere_are_allowed(abliterated):
@@ -258,7 +274,7 @@ def test_whole_modules_that_write_nowhere_are_allowed(abliterated):
         modules_to_save=["q_proj", "input_layernorm"],
         task_type="CAUSAL_LM",
     )
-    assert len(lora_projections(get_peft_model(model, config), edit)) == 3
+    assert len(_drifts(get_peft_model(model, config), edit)) == 3
 
 
 def test_trained_embedding_rows_are_refused(abliterated):
@@ -266,27 +282,27 @@ def test_trained_embedding_rows_are_refused(abliterated):
     config = LoraConfig(
         target_modules=["q_proj"], trainable_token_indices=[5, 6], task_type="CAUSAL_LM"
     )
-    with pytest.raises(StageError, match="embed_tokens"):
-        lora_projections(get_peft_model(model, config), edit)
+    _, problems = lora_drifts(get_peft_model(model, config), edit)
+    assert "embed_tokens" in problems[0]
 
 
 def test_dora_on_a_writer_is_refused(abliterated):
     model, edit = abliterated("llama")
     config = LoraConfig(target_modules=["o_proj"], use_dora=True, task_type="CAUSAL_LM")
-    with pytest.raises(StageError, match=r"DoRA .*train\.adapter\.use_dora to false"):
-        lora_projections(get_peft_model(model, config), edit)
+    _, problems = lora_drifts(get_peft_model(model, config), edit)
+    assert re.match(r"DoRA .*train\.adapter\.use_dora to false", problems[0])
 
 
 def test_dora_elsewhere_is_allowed(abliterated):
     model, edit = abliterated("llama")
     config = LoraConfig(target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
-    assert lora_projections(get_peft_model(model, config), edit) == []
+    assert _drifts(get_peft_model(model, config), edit) == []
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_the_default_adapter_can_be_held_on_experts(family, abliterated):
     model, edit = abliterated(family)
-    assert lora_projections(get_peft_model(model, build_adapter({"r": 4})), edit)
+    assert _drifts(get_peft_model(model, build_adapter({"r": 4})), edit)
 
 
 def test_an_adapter_on_what_experts_read_alone_is_allowed(abliterated):
@@ -296,7 +312,7 @@ def test_an_adapter_on_what_experts_read_alone_is_allowed(abliterated):
         target_parameters=["mlp.experts.gate_up_proj"],
         task_type="CAUSAL_LM",
     )
-    assert lora_projections(get_peft_model(model, config), edit) == []
+    assert _drifts(get_peft_model(model, config), edit) == []
 
 
 @pytest.mark.parametrize(
@@ -312,8 +328,8 @@ def test_an_adapter_on_a_parameter_that_peft_reads_the_other_way_is_refused(
 ):
     model, edit = abliterated(family)
     config = LoraConfig(target_modules=[], target_parameters=[parameter], task_type="CAUSAL_LM")
-    with pytest.raises(StageError, match=r"which no projection can hold"):
-        lora_projections(get_peft_model(model, config), edit)
+    _, problems = lora_drifts(get_peft_model(model, config), edit)
+    assert "which no projection can hold" in problems[0]
 
 
 def test_experts_of_a_layout_that_peft_takes_for_another_are_refused(abliterated):
@@ -323,8 +339,8 @@ def test_experts_of_a_layout_that_peft_takes_for_another_are_refused(abliterated
     config = LoraConfig(
         target_modules=[], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM"
     )
-    with pytest.raises(StageError, match=r"mlp\.experts"):
-        lora_projections(get_peft_model(model, config), edit)
+    _, problems = lora_drifts(get_peft_model(model, config), edit)
+    assert "mlp.experts" in problems[0]
 
 
 def _replace_parameters(model, make):
@@ -342,9 +358,9 @@ def test_parameters_that_were_replaced_after_the_start_are_projected(adapter, ab
     if adapter:
         targets = ["embed_tokens", "o_proj", "down_proj"]
         held = get_peft_model(held, build_adapter({"r": 4, "target_modules": targets}))
-    projections = (lora_projections if adapter else full_projections)(held, edit)
+    drifts = _drifts(held, edit)
     _replace_parameters(held, lambda parameter: parameter)
-    _train(held, projections)
+    _train(held, drifts)
     healed = held.merge_and_unload() if adapter else held
     along, change = _added_along(healed, model, edit)
     assert along < ROUNDING
@@ -356,7 +372,8 @@ def test_parameters_of_which_a_process_holds_a_part_are_refused(adapter, abliter
     model, edit = abliterated("llama")
     if adapter:
         model = get_peft_model(model, build_adapter({"r": 4}))
-    projections = (lora_projections if adapter else full_projections)(model, edit)
+    drifts = _drifts(model, edit)
     _replace_parameters(model, lambda parameter: parameter.flatten()[: parameter.numel() // 2])
-    with pytest.raises(StageError, match=r"cannot project sharded parameters yet.*DDP"):
-        KeepAblated(projections).on_optimizer_step(None, None, None)
+    with pytest.raises(StageError, match=r"cannot project sharded parameters .*FSDP 2"):
+        KeepAblated(drifts).on_optimizer_step(None, None, None)
+    assert math.isnan(residual(drifts)), "what is only watched stops nothing"

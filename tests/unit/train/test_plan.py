@@ -3,11 +3,17 @@
 Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_plan.py
 """
 
+import re
+
 import pytest
 from transformers import AutoConfig
 
 from common.recipe import Recipe
 from train import plan
+from train.launch import Strategy
+from train.memory import training_memory
+
+ONE = Strategy("one process")
 
 
 @pytest.fixture
@@ -58,19 +64,49 @@ def test_the_plan_is_made_without_weights(family, recipe_for):
 def test_memory_is_that_of_the_models_own_parameters(family, recipe_for):
     recipe, model = recipe_for(family, None)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    activations = plan.ACTIVATION_NUMBERS * 2 * 32 * 3  # a pair of one token, 3 layers 32 wide
-    expected = (4 + plan.TRAINED_BYTES_PER_PARAMETER) * numbers + 4 * activations
-    assert plan.memory_bytes(recipe) == expected
+    full = training_memory(plan.model_shape(recipe, 1, "cpu"), ONE)
+    assert (full.weights, full.gradients, full.optimizer) == (4 * numbers, 4 * numbers, 8 * numbers)
     adapted, _ = recipe_for(family, {"r": 2})
-    assert 4 * numbers < plan.memory_bytes(adapted) < expected
+    shape = plan.model_shape(adapted, 1, "cpu")
+    memory = training_memory(shape, ONE)
+    assert memory.weights == 4 * (numbers + shape.trained)
+    assert memory.optimizer == 2 * memory.gradients == 8 * shape.trained
+    assert 0 < shape.trained < numbers / 2
+    assert memory.activations == full.activations > 0
 
 
 def test_the_width_of_a_number_is_the_checkpoints_own_where_the_recipe_says_auto(recipe_for):
     recipe, _ = recipe_for("llava", None)
-    wide = plan.memory_bytes(recipe)
+    wide = plan.model_shape(recipe, 1, "cpu").width
     folder = recipe.model.name_or_path
     config = AutoConfig.from_pretrained(folder)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     auto = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "auto"})})
-    assert plan.memory_bytes(auto) < wide
+    assert (plan.model_shape(auto, 1, "cpu").width, wide) == (2, 4)
+
+
+def test_the_memory_line_names_the_launch_its_processes_and_every_part(recipe_for):
+    recipe, _ = recipe_for("llama", {"r": 2})
+    eight = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"global_batch_size": 8})}
+    )
+    line = plan.memory_line(eight, Strategy("FSDP2", 8, True, True, True), "cuda")
+    assert re.fullmatch(
+        r"about [\d.]+ GiB on each of 8 GPUs \(FSDP2: weights [\d.]+, gradients [\d.]+, "
+        r"optimizer [\d.]+, activations [\d.]+(; stage three's two models take [\d.]+)?\)",
+        line,
+    )
+    assert "on one process (one process: weights" in plan.memory_line(recipe, ONE, "cpu")
+
+
+def test_an_optimizer_in_eight_bits_keeps_a_quarter(recipe_for):
+    recipe, _ = recipe_for("llama", None)
+    sizes = {}
+    for optim in ("adamw_torch", "paged_adamw_8bit", "sgd"):
+        trainer = {**recipe.train.trainer, "optim": optim}
+        train = recipe.train.model_copy(update={"trainer": trainer})
+        shape = plan.model_shape(recipe.model_copy(update={"train": train}), 1, "cpu")
+        sizes[optim] = training_memory(shape, ONE).optimizer
+    assert sizes["paged_adamw_8bit"] == sizes["adamw_torch"] / 4
+    assert sizes["sgd"] == 0

@@ -6,11 +6,12 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_preferences.
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from common.errors import InputError
 from common.overlap import normalize
-from common.recipe import Columns, OnPolicy, PreferenceDataset, PromptSource
-from train.preferences import dataset, on_policy
+from common.recipe import Columns, Filters, PreferenceDataset
+from train.preferences import dataset
 from train.preferences.filters import Pair, describe_counts, filter_pairs
 
 
@@ -78,6 +79,7 @@ def test_every_format_gives_the_same_pair(form, load):
         "prompt": [_user("q")],
         "chosen": [_assistant("good")],
         "rejected": [_assistant("bad")],
+        "domain": "",
     }
 
 
@@ -101,6 +103,9 @@ def test_the_rows_of_orpo_dpo_mix_are_read(load):
     assert first.prompt == (("user", "How?"),)
     assert second.prompt == (("user", "a"), ("assistant", "b"), ("user", "c"))
     assert (second.chosen, second.rejected) == ("good", "bad")
+    # Its column of sources makes domains.
+    first, second = load(toxic, multi_turn, columns=Columns(domain="source"))
+    assert [first.domain, second.domain] == ["toxic-dpo-v0.2", "Argilla/Capybara-Preferences"]
 
 
 def test_a_system_turn_stays_in_the_prompt(load):
@@ -234,11 +239,80 @@ def test_counts_are_told_in_words():
     assert describe_counts({"duplicate": 4}) == "0 kept, 4 dropped: duplicate"
 
 
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def test_a_refusal_changes_places_with_an_answer_that_complies_if_asked():
+    pairs = [
+        _pair(chosen=REFUSAL),
+        _pair(rejected=REFUSAL),
+        _pair(chosen=REFUSAL, rejected="I cannot help with this request."),
+        _pair(chosen=REFUSAL, rejected=" "),
+    ]
+    kept, counts = filter_pairs(pairs, frozenset(), Filters(swap=True))
+    # The second is what the first becomes.
+    assert kept == [_pair(chosen="bad", rejected=REFUSAL), _pair(rejected=REFUSAL)]
+    assert counts == {"kept": 2, "swapped": 1, "chosen refuses": 2}
+    assert describe_counts(counts) == "2 kept (1 swapped), 2 dropped: chosen refuses"
+    same = [_pair(chosen=REFUSAL), _pair(chosen="bad", rejected=REFUSAL)]
+    assert filter_pairs(same, frozenset(), Filters(swap=True))[1]["duplicate"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "pairs"),
+    [
+        ("refusals", "chosen refuses", [_pair(chosen=REFUSAL)]),
+        ("identical", "chosen equals rejected", [_pair(rejected="good ")]),
+        ("duplicates", "duplicate", [_pair(), _pair()]),
+    ],
+)
+def test_a_filter_that_is_off_drops_nothing(name, reason, pairs):
+    assert filter_pairs(pairs, frozenset())[1][reason] == 1
+    kept, counts = filter_pairs(pairs, frozenset(), Filters.model_validate({name: False}))
+    assert (kept, counts) == (pairs, {"kept": len(pairs)})
+
+
+def test_planted_refusals_are_found_and_answers_left_alone():
+    refusals = [
+        REFUSAL,
+        "I cannot assist with that request.",
+        "As an AI language model, I am not able to provide this.",
+        "I apologize, but I must decline to answer.",
+        "I won't help with this.",
+        "Sorry, I'm unable to do that for you.",
+    ]
+    answers = [
+        "First, boil the water.",
+        "I can't wait to help you plan this!",
+        "Sorry for the wait: the answer is 12.",
+        "You cannot divide by zero, so the limit is taken instead.",
+        "Paris is the capital of France.",
+        "It is 41.",
+    ]
+    pairs = [_pair(question=text, chosen=text) for text in refusals + answers]
+    kept, _ = filter_pairs(pairs, frozenset())
+    dropped = {pair.chosen for pair in pairs} - {pair.chosen for pair in kept}
+    found = dropped & set(refusals)
+    assert (len(found) / len(dropped), len(found) / len(refusals)) == (1.0, 1.0)
+
+
+def test_a_domain_is_the_sources_or_the_rows_own(load, tmp_path):
+    row = {**GOOD, "kind": "maths"}
+    assert load(row)[0].domain is None
+    assert load(row, domain="all")[0].domain == "all"
+    (pair,) = load(row, columns=Columns(domain="kind"))
+    assert (pair.domain, pair.as_row()["domain"]) == ("maths", "maths")
+    with pytest.raises(InputError, match=r"row 1: column 'topic' holds no domain \(found: prompt"):
+        load(row, columns=Columns(domain="topic"))
+    with pytest.raises(ValidationError, match=r"beside columns\.domain"):
+        load(row, domain="all", columns=Columns(domain="kind"))
+
+
 def test_what_the_pairs_depend_on_changes_with_content_and_met_benchmarks_only(tmp_path):
-    def inputs(name, rows, excluded=()):
+    def inputs(name, rows, excluded=(), **settings):
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        source = PreferenceDataset(name="dataset", path=str(path))
+        source = PreferenceDataset(name="dataset", path=str(path), **settings)
         return dataset.inputs(source, frozenset(excluded))
 
     base = inputs("a.jsonl", [GOOD])
@@ -246,26 +320,6 @@ def test_what_the_pairs_depend_on_changes_with_content_and_met_benchmarks_only(t
     assert inputs("b.jsonl", [{**GOOD, "rejected": "worse"}]) != base
     assert inputs("a.jsonl", [GOOD], ["another item"]) == base
     assert inputs("a.jsonl", [GOOD], ["q"]) != base
+    for change in ({"weight": 2.0}, {"cap": 1}, {"domain": "maths"}):
+        assert inputs("a.jsonl", [GOOD], **change) != base
     json.dumps(base)
-
-
-def test_pairs_of_the_two_models_join_their_answers_in_order():
-    pairs = on_policy.pair(["p", "q"], ["a", "b"], ["c", "d"])
-    assert [(p.question, p.chosen, p.rejected) for p in pairs] == [("p", "a", "c"), ("q", "b", "d")]
-    with pytest.raises(ValueError, match="zip"):
-        on_policy.pair(["p", "q"], ["a", "b"], ["c"])
-
-
-def test_on_policy_inputs_hold_the_prompts_content_and_no_path(tmp_path):
-    def inputs(name, text, **changes):
-        path = tmp_path / name
-        path.write_text(text)
-        source = OnPolicy(name="on_policy", prompts=PromptSource(path=str(path)), **changes)
-        return on_policy.inputs(source, frozenset())
-
-    base = inputs("a.txt", "p\nq\n")
-    assert inputs("b.txt", "p\nq\n") == base
-    assert inputs("b.txt", "p\nq\n", batch_size=3) == base
-    assert inputs("b.txt", "p\nr\n") != base
-    assert inputs("a.txt", "p\nq\n", temperature=0.5) != base
-    assert str(tmp_path) not in json.dumps(base)

@@ -8,21 +8,26 @@ import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import torch
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import DPOConfig
 
 from common.errors import InputError, RecipeError
 from common.recipe import load_recipe
 from train import settings
+from train.adapter import build_adapter
 from train.settings import (
     GONE,
     GONE_ADAPTER,
+    OTHER_TRAINERS,
     OUR_DEFAULTS,
     OWNED,
     OWNED_ADAPTER,
+    REFUSED_INITS,
     build_trainer_settings,
     check,
     check_adapter,
@@ -118,6 +123,13 @@ BROKEN = [
     ({"loss_type": []}, "loss_type", "is empty"),
     ({"loss_type": "sigmod"}, "loss_type", 'did you mean "sigmoid"?'),
     ({"loss_type": [1]}, "loss_type", "is 1, but one of: "),
+    (
+        {"loss_type": "orpo"},
+        "loss_type",
+        "orpo has no reference, and TRL keeps it as an experiment",
+    ),
+    ({"loss_type": "SimPO"}, "loss_type", "use sigmoid_norm"),
+    ({"loss_type": ["kto", "sft"]}, "loss_type", "use apo_zero or bco_pair on the pairs"),
     ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1]}, "loss_weights", "1 weights for 2"),
     ({"loss_weights": [1, 2]}, "loss_weights", "2 weights for 1"),
     ({"loss_weights": [0]}, "loss_weights", "one above 0"),
@@ -184,9 +196,17 @@ ADAPTER_BROKEN = [
     ({"bias": "all"}, "bias", "the reference has changed"),
     ({"lora_dropout": 0.05}, "lora_dropout", "disable_dropout: false"),
     *(
-        ({"init_lora_weights": init}, "init_lora_weights", "the first loss is not ln 2")
-        for init in ("pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", False, 1, "x")
+        ({"init_lora_weights": init}, "init_lora_weights", "the reference is not the abliterated")
+        for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "PiSSA")
     ),
+    ({"init_lora_weights": "eva"}, "init_lora_weights", "needs activations of the training data"),
+    ({"init_lora_weights": "mica"}, "init_lora_weights", "what the edit removed is the first"),
+    ({"init_lora_weights": False}, "init_lora_weights", "the first loss is not ln 2"),
+    ({"init_lora_weights": 1}, "init_lora_weights", "is none of peft's; use one of: true"),
+    ({"init_lora_weights": "x"}, "init_lora_weights", "is none of peft's; use one of: true"),
+    ({"kasa_config": {}}, "kasa_config", "the reference is not the abliterated model"),
+    ({"eva_config": {}}, "eva_config", "init_lora_weights refuses"),
+    ({"use_qalora": True}, "use_qalora", "use train.load_in_4bit"),
     ({"target_modules": ["q_proj", "lm_head"]}, "target_modules", "names lm_head"),
     ({"target_modules": ["model.lm_head"]}, "target_modules", "names lm_head"),
     ({"target_modules": ".*(proj|head)"}, "target_modules", "names lm_head"),
@@ -217,6 +237,34 @@ def test_a_wrong_adapter_setting_says_what_to_do(block, key, fragment):
 def test_a_sound_adapter_passes_and_peft_takes_it(block):
     assert check_adapter(block) == []
     LoraConfig(**block)
+
+
+def test_every_initialisation_that_peft_lists_is_taken_or_refused_with_its_reason():
+    [field] = [
+        field for field in dataclasses.fields(LoraConfig) if field.name == "init_lora_weights"
+    ]
+    hint = get_type_hints(LoraConfig)[field.name]
+    listed = {word for option in get_args(hint) for word in get_args(option)}
+    # lora_ga is taken by peft though its list leaves it out.
+    named = {word.partition("_niter")[0] for word in listed} | {"lora_ga", "false"}
+    assert named - {"gaussian", "orthogonal"} == REFUSED_INITS.keys()
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
+def test_an_initialisation_that_is_taken_changes_nothing(init, build_model):
+    model = build_model("llama", dtype=torch.float32)
+    ids = torch.tensor([[1, 40, 41, 42]])
+    with torch.no_grad():
+        before = model(ids).logits
+        weights = [parameter.clone() for parameter in model.parameters()]
+        adapted = get_peft_model(model, build_adapter({"r": 4, "init_lora_weights": init}))
+        assert torch.allclose(adapted(ids).logits, before, atol=1e-5)
+    base = [p for name, p in adapted.named_parameters() if "lora_" not in name]
+    assert all(torch.equal(one, other) for one, other in zip(weights, base, strict=True))
+
+
+def test_losses_of_other_trainers_are_none_of_this_one():
+    assert not OTHER_TRAINERS.keys() & set(settings._words("loss_type"))
 
 
 def test_dropout_of_an_adapter_needs_dropout_to_be_on():

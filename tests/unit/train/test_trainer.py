@@ -20,7 +20,8 @@ from common.recipe import Anchor, PromptSource
 from tests.editing import edit_of
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, anchor_loss, teach
-from train.constraint import KeepAblated, full_projections, lora_projections
+from train.constraint import keep_ablated
+from train.pull import distance_from
 from train.stage import save
 from train.trainer import HealingTrainer, WeightedAnchor
 
@@ -245,7 +246,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(
         )
         if adapter is None:
             edit = edit_of(trainer.model, "orthogonalize", DIRECTION)
-            trainer.add_callback(KeepAblated(full_projections(trainer.model, edit)))
+            keep_ablated(trainer, edit, "hard")
         return trainer
 
     whole = make("whole")
@@ -268,8 +269,7 @@ def test_the_constraint_holds_through_real_training(adapter, make_trainer, model
     edit = edit_of(edited, "orthogonalize", DIRECTION)
     apply_to_weights(edited, edit)
     trainer = make_trainer(adapter=adapter, policy=edited, anchors=_anchors(rows), max_steps=4)
-    held = lora_projections if adapter is not None else full_projections
-    trainer.add_callback(KeepAblated(held(trainer.model, edit)))
+    keep_ablated(trainer, edit, "hard")
     trainer.train()
     healed = trainer.model.merge_and_unload() if adapter is not None else trainer.model
     for writer, before in zip(find_writers(healed), find_writers(edited), strict=True):
@@ -292,8 +292,7 @@ def test_other_kinds_of_models_are_trained_and_held_too(
     edit = edit_of(policy, "orthogonalize", DIRECTION)
     apply_to_weights(policy, edit)
     trainer = make_trainer(adapter=adapter, policy=policy, anchors=_anchors(rows))
-    projections = lora_projections if adapter else full_projections
-    trainer.add_callback(KeepAblated(projections(trainer.model, edit)))
+    keep_ablated(trainer, edit, "hard")
     trainer.train()
     healed = trainer.model.merge_and_unload() if adapter else trainer.model
     before = {writer.name: writer.weight for writer in find_writers(policy)}
@@ -328,3 +327,21 @@ def test_what_is_saved_has_the_tokenizer_files_and_additions_of_its_base(
     # An adapter is put on the base, which has its own.
     assert (folder / SIDECAR).is_file() == (adapter is None)
     assert not (folder / "training_args.bin").exists()
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
+def test_a_pull_keeps_the_weights_near_where_they_began(adapter, make_trainer):
+    def distance_after(weight):
+        trainer = make_trainer(adapter=adapter, max_steps=6, learning_rate=1e-3)
+        distance = distance_from(trainer.model)
+        if weight:
+            trainer.pull = (weight, distance)
+        trainer.train()
+        return trainer, float(distance().detach())
+
+    _, free = distance_after(None)
+    trainer, pulled = distance_after(100.0)
+    assert 0 < pulled < 0.5 * free
+    logged = [step["l2"] for step in _steps(trainer)]
+    assert logged[0] == 0
+    assert logged[-1] > 0

@@ -1,0 +1,160 @@
+"""How well healing heals the patient, over seeds, architectures and methods; what carries the result.
+
+python benchmarks/healing.py [--architectures llama gemma3 qwen3_moe] [--seeds 0 1 2] [--methods default ...]
+
+Builds each patient (into runs/healing/patients, once), runs recipes/patient.yaml on it with the method's changes, and
+reads results.json. Stages that two methods share run once. Every figure stands with its interval or its n; the table
+and what it taught are in healing.md. A whole run is four to five minutes on two cores, so that all of it takes hours:
+name what you want. The last line is one JSON object, as in every file of this folder.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / "runs" / "healing"
+DOMAINS = ("addition", "capitals", "kinds", "reversal", "common_howto")
+
+# What a method changes in recipes/patient.yaml. The selection's limit on KL is wider than the recipe's, for patients
+# whose only directions cost more.
+COMMON = ("abliteration.selection.max_kl=2.0", "eval.accept={}", "tracking.mode=disabled")
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "no anchors": ("train.anchors=[]",),
+    "no anchor to the original": (),
+    "no anchor to the abliterated": (),
+    "no constraint": ("train.keep_ablated=none",),
+    "no pairs": ("train.trainer.loss_weights=[1e-9]",),
+    "DPO at full weight": ("train.trainer.loss_weights=[1.0]",),
+    "rank 64": ("train.adapter={r: 64, lora_alpha: 128}",),
+    "all weights": ("train.adapter=null", "train.trainer.learning_rate=1e-3"),
+    **{f"without {domain}": () for domain in DOMAINS},
+}
+
+
+def main() -> None:
+    """Run what was asked for, print a line for each run, then the JSON line."""
+    options = parse()
+    rows = []
+    for seed in options.seeds:
+        for architecture in options.architectures:
+            patient = build(architecture, seed)
+            for method in options.methods:
+                rows.append(measure(patient, architecture, seed, method))
+                print(line(rows[-1]), flush=True)
+    print(json.dumps({"name": "healing", "rows": rows, "ratio": None}))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--architectures", nargs="+", default=["llama", "gemma3", "qwen3_moe"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["default"])
+    return parser.parse_args()
+
+
+def build(architecture: str, seed: int) -> Path:
+    """The finished patient; it is trained where it is missing."""
+    folder = HOME / "patients" / f"{architecture}-{seed}"
+    command = [sys.executable, "-m", "patient", "--output", str(folder)]
+    command += ["--architecture", architecture, "--seed", str(seed)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    return folder
+
+
+def measure(patient: Path, architecture: str, seed: int, method: str) -> dict[str, Any]:
+    """Run the recipe, and take out of results.json what healing is judged by."""
+    name = f"{architecture}-{seed}-{method.replace(' ', '-')}"
+    recipe = HOME / "recipes" / f"{name}.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "recipes" / "patient.yaml").read_text(encoding="utf-8")
+    recipe.write_text(text.replace("runs/patient-model", str(patient)), encoding="utf-8")
+    changes = [*COMMON, *METHODS[method], *left_out(patient, method)]
+    changes += [f"name={name}", f"seed={seed}", f"output_dir={HOME / 'runs'}"]
+    subprocess.run(
+        [sys.executable, "train/run.py", str(recipe), *changes, "--until", "eval"],
+        cwd=ROOT,
+        check=True,
+        stdout=sys.stderr,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    run = HOME / "runs" / name
+    seconds = json.loads((run / "train" / "manifest.json").read_text())["seconds"]
+    results = json.loads((run / "eval" / "results.json").read_text())
+    return {
+        "shape": f"{architecture}, seed {seed}, {method}",
+        "ratio": None,
+        "bar": None,
+        "train_seconds": seconds,
+        **figures(results),
+    }
+
+
+def left_out(patient: Path, method: str) -> list[str]:
+    """The settings that leave out one teacher, or one damaged domain of the anchors' prompts and of the pairs'."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "patient.yaml").read_text(encoding="utf-8"))
+    teacher = method.removeprefix("no anchor to the ")
+    if teacher != method:
+        anchors = [anchor for anchor in recipe["train"]["anchors"] if anchor["to"] != teacher]
+        return ["train.anchors=" + json.dumps(anchors).replace("runs/patient-model", str(patient))]
+    domain = method.removeprefix("without ")
+    if domain == method:
+        return []
+    prompts = (patient / "prompts" / "healing.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [prompt for prompt in prompts if json.loads(prompt)["domain"] != domain]
+    path = HOME / "prompts" / f"{patient.name}-{domain}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    places = ("preferences.0", "anchors.0")
+    return [f"train.{place}.prompts={{path: {path}}}" for place in places]
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Recovery, what was unlocked, refusal, over-refusal, divergence, and who is worse than before."""
+    benchmarks = {row["name"]: row for row in results["benchmarks"]}
+    refusal = {row["name"]: row["healed"] for row in results["refusal"]}
+    (divergence,) = results["divergence"]
+    unlocked = benchmarks["unlocked"]
+    return {
+        "pooled": results["pooled"],
+        "by_domain": {
+            name: row["recovery"] for name, row in benchmarks.items() if name != "unlocked"
+        },
+        "unlocked": {
+            model: unlocked[model]["value"] for model in ("original", "abliterated", "healed")
+        },
+        "refusal": refusal["restricted"],
+        "over_refusal": refusal["common"],
+        "mean_kl": {model: divergence[model]["mean_kl"] for model in ("abliterated", "healed")},
+        "worse": [name for name, row in benchmarks.items() if row["verdict"] == "worse"],
+        "direction": results["direction"],
+    }
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One run in words."""
+    recovery, unlocked, kl = row["pooled"]["recovery"], row["unlocked"], row["mean_kl"]
+    pooled = (
+        f"{recovery['value']:.2f} [{recovery['low']:.2f}, {recovery['high']:.2f}]"
+        if recovery is not None
+        else "no damage"
+    )
+    return (
+        f"{row['shape']:<44} recovery {pooled}, unlocked {unlocked['healed']:.3f} of "
+        f"{unlocked['abliterated']:.3f}, refusal {row['refusal']['value']:.3f}, over-refusal "
+        f"{row['over_refusal']['value']:.3f}, KL {kl['healed']:.4f} of {kl['abliterated']:.4f}, "
+        f"worse: {', '.join(row['worse']) or 'none'}, {row['train_seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
