@@ -1,6 +1,6 @@
 """Parameters that two processes hold in shards (FSDP 2) are measured, penalized and held as whole ones are.
 
-Run: make setup && .venv/bin/python -m pytest tests/distributed/test_shards.py
+Run: make setup && .venv/bin/python -m pytest -m slow tests/distributed/test_shards.py
 """
 
 import copy
@@ -21,6 +21,7 @@ from train.constraint import KeepAblated, find_drifts, penalty
 from train.drift import residual
 
 pytestmark = [
+    pytest.mark.slow,  # most of a minute on two cores
     pytest.mark.distributed,
     pytest.mark.filterwarnings("ignore"),  # peft's and torch's own
 ]

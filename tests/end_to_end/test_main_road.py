@@ -248,6 +248,7 @@ def test_a_training_killed_midway_ends_with_the_same_adapter(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_full_training_heals_too_and_keeps_the_direction_out(
     demo: Demo, launch: Launch, tmp_path: Path
 ) -> None:
@@ -262,6 +263,7 @@ def test_full_training_heals_too_and_keeps_the_direction_out(
     assert not (runs / "patient" / "release" / "adapter").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["[sigmoid, sft]"])
 def test_loss_mixes_of_trl_run_and_start_at_zero_reward(
     demo: Demo, launch: Launch, tmp_path: Path, loss: str
