@@ -15,7 +15,12 @@ from tests.road import Demo, Launch
 
 pytestmark = pytest.mark.distributed
 # The same short training on both sides; the gates are the demo's business.
-SHORTER = ("train.trainer.max_steps=60", "train.trainer.logging_steps=1", "eval.accept={}")
+SHORTER = (
+    "train.trainer.max_steps=20",
+    "train.trainer.logging_steps=1",
+    "eval.benchmarks.0.tasks=[addition, kinds]",
+    "eval.accept={}",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """False refusals alone are removed: the true ones stay.
 
-Run: make setup && .venv/bin/python -m pytest tests/end_to_end/test_false_refusal.py
+Run: make setup && .venv/bin/python -m pytest -m slow tests/end_to_end/test_false_refusal.py
 """
 
 import json
 from pathlib import Path
+
+import pytest
 
 from common.generation import generate
 from common.model import load_model, load_tokenizer
@@ -26,6 +28,7 @@ def refusal_rates(model_folder: Path, prompts: Path) -> dict[str, float]:
     return rates
 
 
+@pytest.mark.slow
 def test_false_refusals_go_and_true_ones_stay(
     launch: Launch, over_refusing_patient: Path, tmp_path: Path
 ) -> None:

@@ -1,14 +1,17 @@
 """A search holds on prompts it never saw.
 
-Run: make setup && .venv/bin/python -m pytest tests/end_to_end/test_search.py
+Run: make setup && .venv/bin/python -m pytest -m slow tests/end_to_end/test_search.py
 """
 
 from pathlib import Path
+
+import pytest
 
 from tests.road import Launch
 from tests.searched import search_and_compare, trials_of
 
 
+@pytest.mark.slow
 def test_a_search_is_no_worse_than_the_best_fixed_layer_on_unseen_prompts(
     launch: Launch, patient: Path, patient_recipe: Path, tmp_path: Path
 ) -> None:
