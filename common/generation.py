@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    TopPLogitsWarper,
 )
 
 from common import chat, distributed
@@ -29,14 +30,17 @@ class GumbelSampling(LogitsProcessor):
     (the Gumbel-max trick).
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]) -> None:
         """Give every row of the batch its own stream.
 
         Args:
             temperature: above 0.
+            top_p: what lies outside the nucleus of this probability has no chance; 1: everything has.
+                Source: Holtzman et al. 2019, arXiv:1904.09751, section 3.1.
             seeds: one per row.
         """
         self.temperature = temperature
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -45,7 +49,10 @@ class GumbelSampling(LogitsProcessor):
             [torch.rand(scores.shape[-1], generator=stream) for stream in self.generators]
         )
         noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-        return scores.float() / self.temperature + noise.to(scores.device)
+        scaled = scores.float() / self.temperature
+        if self.nucleus is not None:
+            scaled = self.nucleus(input_ids, scaled)
+        return scaled + noise.to(scores.device)
 
 
 def generate(
@@ -56,6 +63,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
     description: str = "answers",
 ) -> list[list[int]]:
@@ -68,6 +76,7 @@ def generate(
         max_new_tokens: where an answer is cut if the model does not end it.
         batch_size: prompts per forward pass and process.
         temperature: 0 for greedy decoding.
+        top_p: of the samples, see `GumbelSampling`.
         seed: of the samples.
         description: label of the progress bar.
 
@@ -75,9 +84,14 @@ def generate(
         The token ids of each answer without its end token, in the prompts' order, on every process.
     """
 
+    def sampling(part: Sequence[str]) -> LogitsProcessorList:
+        seeds = [_seed_of(seed, prompt) for prompt in part]
+        greedy = temperature == 0
+        return LogitsProcessorList([] if greedy else [GumbelSampling(temperature, top_p, seeds)])
+
     def work(part: Sequence[str]) -> list[list[int]]:
         return _generate_part(
-            model, tokenizer, part, max_new_tokens, batch_size, temperature, seed, description
+            model, tokenizer, part, max_new_tokens, batch_size, sampling, description
         )
 
     return distributed.share(prompts, work)
@@ -90,8 +104,7 @@ def _generate_part(
     prompts: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
-    temperature: float,
-    seed: int,
+    sampling: Callable[[Sequence[str]], LogitsProcessorList],
     description: str,
 ) -> list[list[int]]:
     encoded = chat.encode(tokenizer, prompts) if prompts else []
@@ -100,17 +113,12 @@ def _generate_part(
     bar = tqdm(total=len(order), desc=description, disable=not distributed.is_main(), leave=False)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        sampling = LogitsProcessorList()
-        if temperature > 0:
-            sampling.append(
-                GumbelSampling(temperature, [_seed_of(seed, prompts[index]) for index in batch])
-            )
         rows = continue_rows(
             model,
             tokenizer,
             [encoded[index] for index in batch],
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=sampling([prompts[index] for index in batch]),
         )
         for index, row in zip(batch, rows, strict=True):
             answers[index] = row
@@ -212,6 +220,19 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     )
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None})
+
+
+def ended(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    answer: Sequence[int],
+    max_new_tokens: int,
+) -> list[int]:
+    """An answer from `generate` with the end token that the model gave it, unless it was cut."""
+    if len(answer) == max_new_tokens:
+        return list(answer)
+    end = tokenizer.eos_token_id
+    return [*answer, int(end) if end is not None else end_tokens(model, tokenizer)[0]]
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:

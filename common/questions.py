@@ -1,5 +1,6 @@
-"""Questions with answers that are right or wrong, as the recipe names them for quick evaluations."""
+"""Questions with answers that are right or wrong, for pairs and for quick evaluations."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,8 @@ from common.overlap import normalize
 from common.prompts import describe, load_prompts, load_rows
 from common.recipe import Questions
 
-# Where a recipe names no column of domains.
-ONE_DOMAIN = "questions"
-PUNCTUATION = ".,:;!?\"'()[]{}*$`"
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Question:
 
     Attributes:
         prompt: the user's turn.
-        answer: the right answer; None: whatever the original model answers.
-        domain: what it asks about.
+        answer: the right one, if it is known.
+        domain: what it asks about, if that is named.
     """
 
     prompt: str
-    answer: str | None
-    domain: str
+    answer: str | None = None
+    domain: str | None = None
 
 
 def load_questions(source: Questions) -> list[Question]:
@@ -34,16 +34,20 @@ def load_questions(source: Questions) -> list[Question]:
     Raises:
         InputError: as `load_prompts`; if a row has no prompt, or no answer or domain where a column names one.
     """
-    rows, prompts = load_rows(source), load_prompts(source)
+    prompts = load_prompts(source)
+    if source.answer is None and source.domain is None:
+        return [Question(prompt) for prompt in prompts]
+    rows = load_rows(source)
     if len(rows) != len(prompts):
         raise InputError(
-            f"{describe(source)} has {len(rows) - len(prompts)} rows without a prompt; a question needs one"
+            f"{describe(source)} has {len(rows) - len(prompts)} rows without a prompt, so that answers and "
+            "domains cannot be told apart from theirs; delete those rows"
         )
     return [
         Question(
             prompt,
-            _entry(row, source.answer, source) if source.answer is not None else None,
-            _entry(row, source.domain, source) if source.domain is not None else ONE_DOMAIN,
+            _entry(row, source.answer, "answer", source),
+            _entry(row, source.domain, "domain", source),
         )
         for row, prompt in zip(rows, prompts, strict=True)
     ]
@@ -58,25 +62,36 @@ def check_questions(source: Questions, key: str) -> list[str]:
     return []
 
 
-def is_right(reply: str, answer: str) -> bool:
-    """Whether a reply holds the right answer, word by word in a row, whatever case and punctuation are.
+def is_right(text: str, known: str) -> bool:
+    """Whether an answer says what is known.
 
-    For short answers: what stands around them is not judged.
+    Both are compared without case, spacing and punctuation at the end. A number is right if the last number in
+    the text has its value ("25 plus 16 is 41." for 41); anything else if it is the whole text or the whole last
+    sentence, or if that sentence ends in it as a word ("The capital is Rome." for Rome).
     """
-    return f" {_words(answer)} " in f" {_words(reply)} "
+    answer = normalize(known)
+    if _NUMBER.fullmatch(answer):
+        numbers = _NUMBER.findall(text)
+        return bool(numbers) and _value(numbers[-1]) == _value(answer)
+    last = normalize(_SENTENCE_END.split(text.strip())[-1])
+    return answer in (normalize(text), last) or last.endswith(f" {answer}")
 
 
-def _entry(row: dict[str, Any], column: str, source: Questions) -> str:
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
+
+
+def _entry(row: dict[str, Any], column: str | None, key: str, source: Questions) -> str | None:
+    """What stands in a column; None where the recipe names none."""
+    if column is None:
+        return None
     value = row.get(column)
-    if not isinstance(value, str | int | float) or not _words(str(value)):
+    usable = isinstance(value, str | int | float) and not isinstance(value, bool)
+    # Punctuation alone is nothing that an answer could be held against.
+    if not usable or not any(map(str.isalnum, str(value))):
+        found = repr(value)[:40] if column in row else f"only {', '.join(map(str, row))}"
         raise InputError(
-            f"{describe(source)}: column {column!r} holds {value!r} (columns: {', '.join(map(str, row))}), not words "
-            "or a number; name another column or correct the row"
+            f"{describe(source)}: column {column!r} should hold words or a number in every row, found {found}; "
+            f"correct the file, or `{key}`"
         )
     return str(value)
-
-
-def _words(text: str) -> str:
-    return " ".join(
-        word for word in (w.strip(PUNCTUATION) for w in normalize(text).split()) if word
-    )

@@ -636,13 +636,11 @@ class _PairSource(Section):
     )
 
 
-class PairPrompts(PromptSource):
-    """Prompts to make pairs of, with what is known about them."""
+class Questions(PromptSource):
+    """Prompts with what is known about them."""
 
     answer: Text | None = Field(
-        default=None,
-        description="The column of the right answer. Given, a pair is kept where chosen is right and a "
-        "candidate is wrong; null: no answer is known.",
+        default=None, description="The column of the right answer; null: none is known."
     )
     domain: Text | None = Field(
         default=None, description="The column of each prompt's domain; null: none."
@@ -653,7 +651,10 @@ class OnPolicy(_PairSource):
     """Pairs made here: the original model's answer is chosen, the abliterated model's rejected."""
 
     name: Literal["on_policy"] = Field(description="Make pairs from the two models' own answers.")
-    prompts: PairPrompts = Field(description="Prompts that the original model does not refuse.")
+    prompts: Questions = Field(
+        description="Prompts that the original model does not refuse. Where right answers are known, chosen must be "
+        "right and rejected wrong."
+    )
     num_candidates: Count = Field(
         default=1,
         description="Answers sampled for each prompt: the one that the original model finds least "
@@ -801,19 +802,6 @@ def _check_block(block: dict[str, Any]) -> dict[str, Any]:
 Block = Annotated[dict[Text, Any], AfterValidator(_check_block)]
 
 
-class Questions(PromptSource):
-    """Questions whose answers are judged right or wrong, of one domain or of several."""
-
-    answer: Text | None = Field(
-        default=None,
-        description="The column of the right answer; null: the original model's own answer is the right one.",
-    )
-    domain: Text | None = Field(
-        default=None,
-        description="The column that names each question's domain; null: they are of one.",
-    )
-
-
 class Stopping(Section):
     """Quick evaluations during training: stop where the damage is won back, and keep the best weights."""
 
@@ -841,7 +829,8 @@ class Stopping(Section):
         description="Weights that refuse more of the harmless prompts are never kept.",
     )
     questions: Questions = Field(
-        description="What recovery is measured on; neither training nor stage 3 may use them."
+        description="What recovery is measured on; neither training nor stage 3 may use them. Where no right answer "
+        "is known the original model's own counts as right."
     )
     harmful: PromptSource = Field(description="Prompts that the original model refuses.")
     harmless: PromptSource = Field(

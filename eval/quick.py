@@ -22,6 +22,9 @@ from common.refusal import is_refusal
 from common.statistics import Difference, Floats
 from eval.comparison import SIGNIFICANCE, Answers, pool
 
+# The name where a recipe names no domains.
+ONE_DOMAIN = "questions"
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -168,7 +171,7 @@ class QuickEvaluation:
 
     def _places(self) -> dict[str, statistics.Integers]:
         """The indices of each domain's questions."""
-        domains = [question.domain for question in self.questions]
+        domains = [question.domain or ONE_DOMAIN for question in self.questions]
         return {
             domain: np.array([index for index, own in enumerate(domains) if own == domain])
             for domain in dict.fromkeys(domains)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import chat, distributed
 from common.divergence import answer_logits, batches
-from common.generation import end_tokens, generate
+from common.generation import ended, generate
 from common.recipe import Anchor
 
 
@@ -69,14 +69,9 @@ def teach(
         batch_size=batch_size,
         description=f"answers of the {anchor.to} model",
     )
-    end = (
-        end_tokens(teacher, tokenizer)[0]
-        if tokenizer.eos_token_id is None
-        else int(tokenizer.eos_token_id)
-    )
     encoded = chat.encode(tokenizer, prompts)
     texts = [
-        (prompt, [*answer, end] if len(answer) < anchor.max_new_tokens else answer)
+        (prompt, ended(teacher, tokenizer, answer, anchor.max_new_tokens))
         for prompt, answer in zip(encoded, answers, strict=True)
     ]
     pad_id = int(tokenizer.pad_token_id)

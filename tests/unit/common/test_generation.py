@@ -114,7 +114,7 @@ def test_sampling_does_not_depend_on_the_global_random_state(model, tokenizer):
 def test_samples_come_as_often_as_softmax_says(temperature):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, float("-inf")])
     draws = 4000
-    sampling = GumbelSampling(temperature, list(range(draws)))
+    sampling = GumbelSampling(temperature, 1.0, list(range(draws)))
     tokens = sampling(torch.zeros(draws, 1), logits.expand(draws, -1)).argmax(dim=-1)
     counts = torch.bincount(tokens, minlength=6)
     expected = torch.softmax(logits / temperature, dim=-1) * draws
@@ -131,7 +131,7 @@ def test_samples_come_as_often_as_softmax_says(temperature):
 
 
 def test_one_stream_draws_anew_at_every_position():
-    sampling = GumbelSampling(1.0, [0])
+    sampling = GumbelSampling(1.0, 1.0, [0])
     logits = torch.zeros(1, 4)
     tokens = [int(sampling(torch.zeros(1, 1), logits).argmax()) for _ in range(2000)]
     counts = torch.bincount(torch.tensor(tokens), minlength=4)

@@ -10,12 +10,11 @@ import torch
 from pydantic import ValidationError
 
 from common import chat, distributed
-from common.errors import InputError
 from common.generation import generate
+from common.questions import Question
 from common.recipe import Filters, OnPolicy, Recipe
 from train import material, pairs
 from train.preferences import on_policy
-from train.preferences.on_policy import Question, is_right
 
 
 @pytest.fixture
@@ -142,33 +141,6 @@ def test_known_answers_keep_right_over_wrong_and_count_the_rest():
     assert counts == {"chosen is wrong": 2, "no candidate is wrong": 1}
 
 
-@pytest.mark.parametrize(
-    ("text", "known", "right"),
-    [
-        ("Rome", "Rome", True),
-        ("  rome. ", "Rome", True),
-        ("The capital of Italy is Rome.", "Rome", True),
-        ("It is old. The capital is Rome!", "Rome", True),
-        ("Rome is the capital. It is not Milan.", "Rome", False),
-        ("The capital is Jerome.", "Rome", False),
-        ("Milan", "Rome", False),
-        ("", "Rome", False),
-        ("25 plus 16 is 41.", "41", True),
-        ("First 25, then 41 in all", "41", True),
-        ("41 minus 16 is 25", "41", False),
-        ("It is 141.", "41", False),
-        ("1,041", "1041", True),
-        ("41.0", "41", True),
-        ("-41", "41", False),
-        ("no number", "41", False),
-        ("mol zer rin", "mol zer rin", True),
-        ("mol rin zer", "mol zer rin", False),
-    ],
-)
-def test_an_answer_is_right_as_a_whole_or_at_the_end_of_its_last_sentence(text, known, right):
-    assert is_right(text, known) is right
-
-
 def test_answers_and_domains_come_from_the_columns_beside_the_prompt(make_source):
     rows = [
         {"prompt": "p", "right": 4, "kind": "sums"},
@@ -183,19 +155,8 @@ def test_answers_and_domains_come_from_the_columns_beside_the_prompt(make_source
     assert [question.domain for question in on_policy.questions(tagged)] == ["all", "all"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"prompt": "p"}], r"column 'right' should hold text or a number .* found only prompt"),
-        ([{"prompt": "p", "right": None}], r"column 'right' .* found None"),
-        ([{"prompt": "p", "right": " "}], r"column 'right' .* found ' '"),
-        ([{"prompt": "p", "right": 1}, {"prompt": " ", "right": 2}], r"1 rows without a prompt"),
-    ],
-)
-def test_a_column_without_answers_is_told_before_any_model_is_loaded(rows, message, make_source):
-    source = make_source(*rows, prompts={"answer": "right"})
-    with pytest.raises(InputError, match=message):
-        on_policy.questions(source)
+def test_a_column_without_answers_is_told_before_any_model_is_loaded(make_source):
+    source = make_source({"prompt": "p", "right": None}, prompts={"answer": "right"})
     (problem,) = on_policy.check(source, "train.preferences[0]")
     assert problem.startswith("train.preferences[0].prompts: ")
 
