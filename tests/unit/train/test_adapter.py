@@ -9,12 +9,12 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig
 
 from common.errors import StageError
 from common.model import load_model
 from common.recipe import Recipe
 from eval.subjects import load_healed
+from tests.training import settings_of
 from train import adapter as adapters
 from train import stage
 from train.adapter import (
@@ -60,26 +60,11 @@ def make_trainer(model_folder, tokenizer, pairs, tmp_path):
     """Make a trainer on the model folder's weights."""
 
     def make(adapter, *, base=model_folder, in_4bit=False, folder="out", **settings):
-        arguments = {
-            "output_dir": str(tmp_path / folder),
-            "per_device_train_batch_size": 4,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "save_strategy": "no",
-            "precompute_ref_log_probs": True,
-            "disable_tqdm": True,
-            "seed": 0,
-        }
+        own = {"max_steps": 4}
         torch.manual_seed(0)  # the adapter's initial values
         trainer = HealingTrainer(
             model=load_model(base, dtype="float32", in_4bit=in_4bit),
-            args=DPOConfig(**{**arguments, **settings}),
+            args=settings_of(tmp_path / folder, **{**own, **settings}),
             train_dataset=pairs,
             processing_class=tokenizer,
             peft_config=build_adapter(adapter),

@@ -10,12 +10,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from trl import DPOConfig
 
 from common.architecture import find_writers
 from common.edits import apply_to_weights, as_stored
 from common.errors import StageError
 from tests.editing import edit_of, vector
+from tests.training import settings_of
 from train.adapter import build_adapter
 from train.constraint import (
     PENALTY_WEIGHT,
@@ -123,16 +123,7 @@ SETTINGS = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "max_steps": 6,
-    "learning_rate": 1e-2,
     "logging_steps": 2,
-    "report_to": "none",
-    "bf16": False,
-    "use_cpu": True,
-    "activation_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "save_strategy": "no",
-    "precompute_ref_log_probs": True,
-    "disable_tqdm": True,
 }
 
 
@@ -154,7 +145,7 @@ def train(tokenizer, tmp_path):
         torch.manual_seed(0)
         trainer = HealingTrainer(
             model=copy.deepcopy(model),
-            args=DPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings}),
+            args=settings_of(tmp_path, **{**SETTINGS, **settings}),
             train_dataset=pairs,
             processing_class=tokenizer,
             peft_config=build_adapter(adapter) if adapter else None,

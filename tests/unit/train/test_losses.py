@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig
 
+from tests.training import settings_of
 from train.adapter import build_adapter
 from train.settings import _words, check_trainer
 from train.trainer import HealingTrainer
@@ -57,26 +57,10 @@ def train(model, tokenizer, tmp_path):
     )
 
     def run(**settings):
-        arguments = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "save_strategy": "no",
-            "precompute_ref_log_probs": True,
-            "disable_tqdm": True,
-            "seed": 0,
-        }
         torch.manual_seed(0)
         trainer = HealingTrainer(
             model=copy.deepcopy(model),
-            args=DPOConfig(**{**arguments, **settings}),
+            args=settings_of(tmp_path / "out", **settings),
             train_dataset=pairs,
             processing_class=tokenizer,
             peft_config=build_adapter({"r": 4, "lora_alpha": 8}),

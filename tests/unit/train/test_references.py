@@ -8,8 +8,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig
 
+from tests.training import settings_of
 from train.adapter import build_adapter
 from train.references import References, pair_key
 from train.trainer import HealingTrainer
@@ -54,19 +54,9 @@ def start(model, tokenizer, tmp_path, monkeypatch):
         torch.manual_seed(seed)
         trainer = HealingTrainer(
             model=copy.deepcopy(model),
-            args=DPOConfig(
-                **{
-                    "output_dir": str(tmp_path / "out"),
-                    "per_device_train_batch_size": 2,
-                    "report_to": "none",
-                    "bf16": False,
-                    "use_cpu": True,
-                    "precompute_ref_log_probs": True,
-                    "disable_tqdm": True,
-                    "max_length": 64,
-                    "seed": seed,
-                    **settings,
-                }
+            args=settings_of(
+                tmp_path / "out",
+                **{"per_device_train_batch_size": 2, "max_length": 64, "seed": seed, **settings},
             ),
             train_dataset=_dataset(answers),
             processing_class=tokenizer,

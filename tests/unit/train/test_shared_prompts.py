@@ -9,12 +9,12 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from common import branches
 from common.architecture import ARCHITECTURES
+from tests.training import settings_of
 from train import shared_prompts
 from train.adapter import build_adapter
 from train.shared_prompts import PairCollator, SharedPrompts, take_packed
@@ -145,26 +145,11 @@ def train(build_model, tokenizer, dataset, tmp_path):
     """Train a model and give the loss and rewards of each step."""
 
     def run(*, share, adapter=None, family="llama", **settings):
-        arguments = {
-            "output_dir": str(tmp_path / f"out-{share}"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 50,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "save_strategy": "no",
-            "precompute_ref_log_probs": True,
-            "disable_tqdm": True,
-            "max_length": 48,
-        }
+        own = {"max_steps": 50, "learning_rate": 1e-3, "max_length": 48}
         torch.manual_seed(0)
         trainer = HealingTrainer(
             model=build_model(family, seed=0, dtype=torch.float32),
-            args=DPOConfig(**{**arguments, **settings}),
+            args=settings_of(tmp_path / f"out-{share}", **{**own, **settings}),
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=build_adapter(adapter) if adapter is not None else None,

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from trl import DPOConfig
 
 from common.artifacts import Stopwatch
 from common.errors import StageError
 from common.generation import generate
 from common.recipe import PromptSource, Questions, Stopping, load_recipe
+from tests.training import settings_of
 from train import run, stage, stopping
 from train.adapter import build_adapter
 from train.anchors import anchored_divergence, load_rows
@@ -101,27 +101,11 @@ def make(model, tokenizer, tmp_path):
     def build(scores, *, name="run", adapter=ADAPTER, kill_at=None, limits=None, **settings):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        arguments = {
-            "output_dir": str(folder / "checkpoints"),
-            "per_device_train_batch_size": 2,
-            "max_steps": 8,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "save_strategy": "no",
-            "save_total_limit": 1,
-            "precompute_ref_log_probs": True,
-            "disable_tqdm": True,
-            "seed": 0,
-        }
+        own = {"per_device_train_batch_size": 2, "max_steps": 8, "save_total_limit": 1}
         torch.manual_seed(0)  # the adapter's initial values
         trainer = HealingTrainer(
             model=copy.deepcopy(model),
-            args=DPOConfig(**{**arguments, **settings}),
+            args=settings_of(folder / "checkpoints", **{**own, **settings}),
             train_dataset=pairs,
             processing_class=tokenizer,
             peft_config=build_adapter(adapter) if adapter is not None else None,

@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig
 
 from common.architecture import find_writers
 from common.chat import NO_THINKING
@@ -18,6 +17,7 @@ from common.errors import StageError
 from common.model import tokenizer_files
 from common.recipe import Anchor, PromptSource
 from tests.editing import edit_of
+from tests.training import settings_of
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, anchor_loss, teach
 from train.constraint import keep_ablated
@@ -69,29 +69,17 @@ def make_trainer(model, tokenizer, pairs, tmp_path):
     """Make a trainer on a copy of the model."""
 
     def make(*, adapter=ADAPTER, anchors=(), policy=None, ref_model=None, num_pairs=8, **settings):
-        arguments = {
-            "output_dir": str(tmp_path / "out"),
+        own = {
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
             "lr_scheduler_type": "linear",
-            "logging_steps": 1,
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "save_strategy": "no",
             "precompute_ref_log_probs": ref_model is None,
-            "disable_tqdm": True,
-            "seed": 0,
         }
         torch.manual_seed(0)  # the adapter's initial values
         return HealingTrainer(
             model=copy.deepcopy(policy if policy is not None else model),
             ref_model=ref_model,
-            args=DPOConfig(**{**arguments, **settings}),
+            args=settings_of(tmp_path / "out", **{**own, **settings}),
             train_dataset=pairs.select(range(num_pairs)),
             processing_class=tokenizer,
             peft_config=build_adapter(adapter) if adapter is not None else None,
