@@ -32,9 +32,11 @@ RACE = 0.25
 RANDOM_SHARE = 0.25
 # The prompts of each heat: all trials run in the first, those in the next that are not beaten by then.
 HEATS = (slice(0, 4), slice(4, 16), slice(16, 96))
-# Prompts that only finalists are measured on. Those of the heats have been searched on, a hundred times.
-FINAL = slice(96, None)
-NUM_FINALISTS = 12
+# Prompts that only finalists are measured on, and how many of them: those of the heats have been searched on, a
+# hundred times.
+FINALS = ((slice(96, 192), 12), (slice(192, None), 6))
+# The divergence, in nats per token, that stands for one that was not measured: more than any model has.
+BEHIND = 100.0
 # A trial is beaten by one that diverges less than this share of it on the same prompts. A few tokens make most of
 # the divergence, so that a few prompts tell little.
 MARGINS = (0.25, 0.5)
@@ -166,6 +168,8 @@ def search(
     """
     limit, enough = RACE * trials.original_refusal, settings.max_refusal / 2
     done = distributed.broadcast(_read(journal) if distributed.is_main() else None) or []
+    proposals = Proposals(space, first, settings.num_trials, seed, enough)
+    proposals.tell(done)
     bar = tqdm(
         total=settings.num_trials,
         initial=len(done),
@@ -176,10 +180,10 @@ def search(
     while len(done) < settings.num_trials:
         count = min(settings.trials_per_pass, settings.num_trials - len(done))
         # From one process: a last bit that differs between two would part them for good.
-        asked = distributed.broadcast(
-            propose(done, space, first, count, settings.num_trials, seed, enough)
-        )
-        done = [*done, *_race(trials, asked, make_edit, done, limit, enough)]
+        asked = distributed.broadcast(proposals.ask(count))
+        new = _race(trials, asked, make_edit, done, limit, enough)
+        proposals.tell(new)
+        done = [*done, *new]
         if distributed.is_main():
             _append(journal, done[-count:])
         bar.update(count)
@@ -191,14 +195,18 @@ def judge(
     trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float, together: int
 ) -> list[Trial]:
     """Measure the finalists on more harmless prompts, and let the best of them answer the harmful ones."""
-    last = finalists(done, enough)
-    further = trials.divergence([make_edit(trial.params) for trial in last], FINAL)
-    tokens = [trials.num_answer_tokens(heat) for heat in (*HEATS, FINAL)]
-    last = [
-        replace(trial, kl=_weighted((*trial.kls, kl), tokens))
-        for trial, kl in zip(last, further, strict=True)
-    ]
-    last.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
+    heats, last = list(HEATS), finalists(done, enough)
+    for final, num_finalists in FINALS:
+        heats.append(final)
+        last = last[:num_finalists]
+        further = trials.divergence([make_edit(trial.params) for trial in last], final)
+        tokens = [trials.num_answer_tokens(heat) for heat in heats]
+        kls = [(*trial.kls, kl) for trial, kl in zip(last, further, strict=True)]
+        last = [
+            replace(trial, kls=each, kl=_weighted(each, tokens))
+            for trial, each in zip(last, kls, strict=True)
+        ]
+        last.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
     for first in range(0, len(last), together):
         part = slice(first, first + together)
         rates = trials.refusal_rate([make_edit(trial.params) for trial in last[part]])
@@ -221,55 +229,67 @@ def finalists(done: Sequence[Trial], enough: float) -> list[Trial]:
         if trial.complete and _is_measured(trial) and trial.refusal <= 2 * enough
     ]
     near.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
-    return near[:NUM_FINALISTS] or front(done, enough)
+    return near or front(done, enough)
 
 
-def propose(
-    done: Sequence[Trial],
-    space: Space,
-    first: Sequence[Params],
-    count: int,
-    num_trials: int,
-    seed: int,
-    enough: float = 0.0,
-) -> list[dict[str, Any]]:
-    """The next settings: the given first ones, then what Optuna's TPE draws from the finished trials.
+class Proposals:
+    """What to try next: the given first settings, then what Optuna's TPE draws from what it was told.
 
-    Args:
-        done: finished trials.
-        space: what is searched.
-        first: settings to begin with.
-        count: how many to propose.
-        num_trials: of the whole search.
-        seed: with the number of finished trials it decides what is drawn.
-        enough: see `front`.
+    The same trials, told in the same order, and the same seed give the same proposals, in one process or over two.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(
-        seed=(seed * 100_003 + len(done)) % 2**32,
-        multivariate=True,
-        n_startup_trials=max(len(first), round(RANDOM_SHARE * num_trials)),
-    )
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    # Who was out of the race after the first measure, or is broken, stands behind all who were not.
-    behind = 2 * max((trial.kl or 0.0 for trial in done if _is_measured(trial)), default=0.0) or 1.0
-    distributions = _distributions(space)
-    for trial in done:
-        refusal = max(trial.refusal, enough) if math.isfinite(trial.refusal) else 1.0
-        kl = trial.kl if trial.kl is not None and _is_measured(trial) else behind
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=trial.params, distributions=distributions, values=(refusal, kl)
-            )
+
+    def __init__(
+        self,
+        space: Space,
+        first: Sequence[Params],
+        num_trials: int,
+        seed: int,
+        enough: float = 0.0,
+    ) -> None:
+        """Nothing is told yet.
+
+        Args:
+            space: what is searched.
+            first: settings to begin with.
+            num_trials: of the whole search.
+            seed: with the number of finished trials it decides what is drawn.
+            enough: see `front`.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space, self.first, self.seed, self.enough = space, first, seed, enough
+        self.num_random = max(len(first), round(RANDOM_SHARE * num_trials))
+        # One study for all batches: adding a hundred trials anew for each takes as long as drawing from them.
+        self.study = optuna.create_study(directions=["minimize", "minimize"])
+        self.asked: list[optuna.Trial] = []
+        self.num_told = 0
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """Take note of finished trials: those asked for, or those of a search that was ended."""
+        for trial in trials:
+            refusal = max(trial.refusal, self.enough) if math.isfinite(trial.refusal) else 1.0
+            values = (refusal, trial.kl if _is_measured(trial) else BEHIND)
+            if self.asked:
+                self.study.tell(self.asked.pop(0), values)
+            else:
+                known = optuna.trial.create_trial(
+                    params=trial.params, distributions=_distributions(self.space), values=values
+                )
+                self.study.add_trial(known)
+        self.num_told += len(trials)
+
+    def ask(self, count: int) -> list[dict[str, Any]]:
+        """The next settings."""
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=(self.seed * 100_003 + self.num_told) % 2**32,
+            multivariate=True,
+            n_startup_trials=self.num_random,
         )
-    for params in first[len(done) : len(done) + count]:
-        study.enqueue_trial(dict(params))
-    asked = []
-    for _ in range(count):
-        drawn = study.ask()
-        space.suggest(drawn)
-        asked.append(dict(drawn.params))
-    return asked
+        for params in self.first[self.num_told : self.num_told + count]:
+            self.study.enqueue_trial(dict(params))
+        for _ in range(count):
+            self.asked.append(self.study.ask())
+            self.space.suggest(self.asked[-1])
+        return [dict(drawn.params) for drawn in self.asked]
 
 
 def front(trials: Sequence[Trial], enough: float) -> list[Trial]:

@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 
 from abliteration.search import (
-    FINAL,
+    BEHIND,
+    FINALS,
     HEATS,
     MARGINS,
-    NUM_FINALISTS,
     RACE,
+    Proposals,
     Space,
     Trial,
     choose,
@@ -22,7 +23,6 @@ from abliteration.search import (
     finalists,
     front,
     judge,
-    propose,
     search,
 )
 from common.architecture import find_writers
@@ -34,7 +34,8 @@ SPACE = Space((1.0, 4.0), 3, 6, ("orthogonalize", "column_norm"), embedding=True
 FIRST = [SPACE.flat(kind, 2.0, -1, 1.0) for kind in SPACE.edits]
 SETTINGS = SearchSelection(name="search", num_trials=22, trials_per_pass=4)
 LIMIT, ENOUGH = 0.9 * RACE, SETTINGS.max_refusal / 2
-NUM_PROMPTS = 120
+NUM_PROMPTS = 240
+LAST = [heat for heat, _ in FINALS]
 
 
 class PlantedTrials:
@@ -81,6 +82,13 @@ def _search(journal, judged=None, settings=SETTINGS, seed=0):
     return search(judged or PlantedTrials(), SPACE, dict, FIRST, settings, seed, journal)
 
 
+def propose(done, space, first, count, num_trials, seed, enough=0.0):
+    """What a search proposes that goes on behind finished trials."""
+    proposals = Proposals(space, first, num_trials, seed, enough)
+    proposals.tell(done)
+    return proposals.ask(count)
+
+
 def _finished(count, seed=0):
     """Finished trials of a search, without the racing."""
     done = []
@@ -113,6 +121,16 @@ def test_another_seed_and_other_finished_trials_give_other_proposals(finished):
     assert propose(worse, SPACE, FIRST, 2, 30, seed=3) != known
 
 
+def test_a_search_that_is_gone_on_with_proposes_what_an_unbroken_one_does(finished):
+    unbroken, done = Proposals(SPACE, FIRST, 30, seed=0), []
+    for count in (2, 3, 4, 2, 4):
+        asked = unbroken.ask(count)
+        assert asked == propose(done, SPACE, FIRST, count, 30, seed=0)
+        new = [replace(finished[len(done) % 7], number=len(done), params=each) for each in asked]
+        unbroken.tell(new)
+        done += new
+
+
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
 def test_every_seed_that_a_recipe_takes_can_be_drawn_from(seed, finished):
     assert len(propose(finished, SPACE, FIRST, 2, 30, seed)) == 2
@@ -120,11 +138,10 @@ def test_every_seed_that_a_recipe_takes_can_be_drawn_from(seed, finished):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_given_settings_come_first(count):
-    asked, done = [], []
+    asked = []
     while len(asked) < 3:
-        batch = propose(done, SPACE, FIRST, count, 30, seed=0)
-        done += [Trial(len(done) + index, params, 0.5) for index, params in enumerate(batch)]
-        asked += batch
+        done = [Trial(index, params, 0.5) for index, params in enumerate(asked)]
+        asked += propose(done, SPACE, FIRST, count, 30, seed=0)
     assert asked[:2] == FIRST
     assert asked[2] not in FIRST
 
@@ -166,9 +183,8 @@ def test_proposals_learn_where_the_planted_optimum_is(tmp_path):
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_trial_that_broke_the_model_stands_behind_all_others(broken, finished):
-    worst = max(trial.kl for trial in finished)
     odd = [replace(finished[0], kl=broken), *finished[1:]]
-    behind = [replace(finished[0], kl=2 * worst), *finished[1:]]
+    behind = [replace(finished[0], kl=BEHIND), *finished[1:]]
     out = [replace(finished[0], kl=None, complete=False), *finished[1:]]
     expected = propose(behind, SPACE, FIRST, 2, 30, seed=0)
     assert propose(odd, SPACE, FIRST, 2, 30, seed=0) == expected
@@ -281,17 +297,19 @@ def test_what_was_measured_is_the_mean_over_the_prompts_of_all_heats(tmp_path):
     trials = _search(tmp_path / "trials.jsonl", judged)
     for trial in trials:
         refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
-        raced = [heat for heat in diverged if heat != FINAL]
+        raced = [heat for heat in diverged if heat not in LAST]
         assert trial.refusal == pytest.approx(_over(refused, judged.refusal_of, trial.params))
-        assert (FINAL in diverged) == (trial.rate is not None)
+        assert (LAST[-1] in diverged) == (trial.rate is not None)
+        if trial.rate is not None:
+            raced = diverged
         assert len(trial.kls) == len(raced)
         for heat, kl in zip(raced, trial.kls, strict=True):
             assert kl == pytest.approx(_over([heat], judged.kl_of, trial.params))
-        if diverged:
-            assert trial.kl == pytest.approx(_over(diverged, judged.kl_of, trial.params))
+        if raced:
+            assert trial.kl == pytest.approx(_over(raced, judged.kl_of, trial.params))
         else:
             assert trial.kl is None
-        assert trial.complete == (len(raced) == len(HEATS))
+        assert trial.complete == (len(raced) >= len(HEATS))
 
 
 def test_who_still_refuses_is_measured_no_further_and_only_finalists_answer(tmp_path):
@@ -302,7 +320,7 @@ def test_who_still_refuses_is_measured_no_further_and_only_finalists_answer(tmp_
     assert any(trial.complete for trial in trials[4:])
     for trial in trials[4:]:
         refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
-        diverged = [heat for heat in diverged if heat != FINAL]
+        diverged = [heat for heat in diverged if heat not in LAST]
         assert refused == list(HEATS[: len(refused)])
         assert diverged in (refused, refused[:-1])
         out = trial.refusal > LIMIT
@@ -329,13 +347,26 @@ def test_finalists_are_those_who_refuse_little_and_diverge_least():
         return Trial(number, {}, refusal, kl, complete=True)
 
     near, mild, broken = trial(0, 0.015, 0.1), trial(1, 0.3, 0.01), trial(2, 0.005, math.nan)
-    safe = [trial(3 + number, 0.005, 0.2 + 0.01 * number) for number in range(NUM_FINALISTS - 1)]
+    safe = [trial(3 + number, 0.005, 0.2 + 0.01 * number) for number in range(11)]
     unfinished = Trial(90, {}, 0.0, 0.001)
     last = finalists([near, *safe, mild, broken, unfinished], 0.01)
     assert [each.number for each in last] == [*(each.number for each in safe), 0]
-    more = trial(91, 0.005, 0.9)
-    assert near not in finalists([near, *safe, more], 0.01), "those well within the limit first"
     assert finalists([mild, broken, unfinished], 0.01) == [mild], "if all refuse, the front"
+
+
+def test_fewer_and_fewer_finalists_are_measured_on(tmp_path):
+    """Who diverges most after each of the last heats goes."""
+
+    def trial(number):
+        params = SPACE.flat("orthogonalize", 3.0, -1, 1.0 + 0.001 * number)
+        return Trial(number, params, 0.005, 0.1, (0.1,) * 3, complete=True)
+
+    trials = [trial(number) for number in reversed(range(20))]
+    judged = PlantedTrials()
+    judge(judged, trials, dict, 0.01, together=2)
+    for heat, num_finalists in FINALS:
+        measured = [edit for edit, on in judged.asked["divergence"] if on == heat]
+        assert measured == [trial(number).params for number in range(num_finalists)]
 
 
 def test_the_luck_of_the_prompts_that_were_searched_on_is_seen_on_more(tmp_path):
@@ -343,7 +374,7 @@ def test_the_luck_of_the_prompts_that_were_searched_on_is_seen_on_more(tmp_path)
         def divergence(self, edits, prompts):
             found = super().divergence(edits, prompts)
             lucky = [edit["edit"] == "column_norm" for edit in edits]
-            factor = 20.0 if prompts == FINAL else 0.5
+            factor = 20.0 if prompts in LAST else 0.5
             return [kl * factor if luck else kl for kl, luck in zip(found, lucky, strict=True)]
 
     trials = _search(tmp_path / "trials.jsonl", Lucky())
@@ -455,7 +486,7 @@ def test_a_finished_search_measures_only_finalists_again(tmp_path):
     assert _search(journal, judged) == trials
     assert judged.asked["refusal"] == []
     assert judged.asked["divergence"]
-    assert all(heat == FINAL for _, heat in judged.asked["divergence"])
+    assert all(heat in LAST for _, heat in judged.asked["divergence"])
 
 
 def test_searches_of_two_seeds_differ(tmp_path):
