@@ -7,7 +7,7 @@ from typing import Any
 from common.errors import InputError
 from common.overlap import normalize
 from common.prompts import describe, load_prompts, load_rows
-from common.recipe import Questions
+from common.recipe import Questions, TaggedPrompts
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
@@ -28,14 +28,15 @@ class Question:
     domain: str | None = None
 
 
-def load_questions(source: Questions) -> list[Question]:
+def load_questions(source: TaggedPrompts) -> list[Question]:
     """Load the questions of a source, in order.
 
     Raises:
         InputError: as `load_prompts`; if a row has no prompt, or no answer or domain where a column names one.
     """
     prompts = load_prompts(source)
-    if source.answer is None and source.domain is None:
+    known = source.answer if isinstance(source, Questions) else None
+    if known is None and source.domain is None:
         return [Question(prompt) for prompt in prompts]
     rows = load_rows(source)
     if len(rows) != len(prompts):
@@ -46,14 +47,14 @@ def load_questions(source: Questions) -> list[Question]:
     return [
         Question(
             prompt,
-            _entry(row, source.answer, "answer", source),
+            _entry(row, known, "answer", source),
             _entry(row, source.domain, "domain", source),
         )
         for row, prompt in zip(rows, prompts, strict=True)
     ]
 
 
-def check_questions(source: Questions, key: str) -> list[str]:
+def check_questions(source: TaggedPrompts, key: str) -> list[str]:
     """What is wrong with a source, beginning with its dotted key in the recipe."""
     try:
         load_questions(source)
@@ -81,7 +82,7 @@ def _value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
-def _entry(row: dict[str, Any], column: str | None, key: str, source: Questions) -> str | None:
+def _entry(row: dict[str, Any], column: str | None, key: str, source: TaggedPrompts) -> str | None:
     """What stands in a column; None where the recipe names none."""
     if column is None:
         return None

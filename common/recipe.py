@@ -29,9 +29,11 @@ from common.schema import (
     Biprojected,
     ColumnNorm,
     Columns,
+    CrossEntropy,
     DifferenceInMeans,
     Divergence,
     EditWeights,
+    Engine,
     EvalSection,
     Filters,
     FixedSelection,
@@ -40,13 +42,18 @@ from common.schema import (
     Limit,
     LmEval,
     LogisticRegression,
+    Mix,
     ModelSection,
     OnPolicy,
     Orthogonalize,
+    PanelFormat,
+    PanelPrompts,
+    Parameter,
     PreferenceDataset,
     Projected,
     PromptSource,
     Questions,
+    QuickQuestions,
     Recipe,
     Refusal,
     ReleaseSection,
@@ -55,7 +62,9 @@ from common.schema import (
     SearchSelection,
     Source,
     Stopping,
+    StudySection,
     Svd,
+    TaggedPrompts,
     TrackingSection,
     TrainSection,
     ValidationPrompts,
@@ -73,9 +82,11 @@ __all__ = [
     "Biprojected",
     "ColumnNorm",
     "Columns",
+    "CrossEntropy",
     "DifferenceInMeans",
     "Divergence",
     "EditWeights",
+    "Engine",
     "EvalSection",
     "Filters",
     "FixedSelection",
@@ -84,13 +95,18 @@ __all__ = [
     "Limit",
     "LmEval",
     "LogisticRegression",
+    "Mix",
     "ModelSection",
     "OnPolicy",
     "Orthogonalize",
+    "PanelFormat",
+    "PanelPrompts",
+    "Parameter",
     "PreferenceDataset",
     "Projected",
     "PromptSource",
     "Questions",
+    "QuickQuestions",
     "Recipe",
     "Refusal",
     "ReleaseSection",
@@ -99,7 +115,9 @@ __all__ = [
     "SearchSelection",
     "Source",
     "Stopping",
+    "StudySection",
     "Svd",
+    "TaggedPrompts",
     "TrackingSection",
     "TrainSection",
     "ValidationPrompts",
@@ -107,6 +125,7 @@ __all__ = [
     "dump",
     "json_schema",
     "load_recipe",
+    "overlay",
     "placed",
     "raw_section",
     "resolved",
@@ -173,6 +192,19 @@ def placed(problems: Sequence[str], path: Path, overrides: Sequence[str] = ()) -
         f"{document.place(documents.parse_key(problem.partition(': ')[0])).label}: {problem}"
         for problem in problems
     ]
+
+
+def overlay(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Return overrides without those that changes replace, followed by the changes."""
+
+    def key_of(text: str) -> Key:
+        return documents.parse_key(text.partition("=")[0].strip())
+
+    changed = [key_of(text) for text in changes]
+    kept = [
+        text for text in overrides if not any(key_of(text)[: len(key)] == key for key in changed)
+    ]
+    return [*kept, *changes]
 
 
 def raw_section(path: Path, overrides: Sequence[str], key: str) -> dict[str, Any]:

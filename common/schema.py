@@ -636,14 +636,19 @@ class _PairSource(Section):
     )
 
 
-class Questions(PromptSource):
+class TaggedPrompts(PromptSource):
+    """Prompts, each with what it asks about."""
+
+    domain: Text | None = Field(
+        default=None, description="The column of each prompt's domain; null: none."
+    )
+
+
+class Questions(TaggedPrompts):
     """Prompts with what is known about them."""
 
     answer: Text | None = Field(
         default=None, description="The column of the right answer; null: none is known."
-    )
-    domain: Text | None = Field(
-        default=None, description="The column of each prompt's domain; null: none."
     )
 
 
@@ -693,7 +698,11 @@ class Columns(Section):
         description="Column of the prompt; null: it is the common start of the answers.",
     )
     chosen: Text = Field(default="chosen", description="Column of the better answer.")
-    rejected: Text = Field(default="rejected", description="Column of the worse answer.")
+    rejected: Text | None = Field(
+        default="rejected",
+        description="Column of the worse answer; null: there is none, as in instruction data, which only loss_type "
+        "[sft] learns from.",
+    )
     domain: Text | None = Field(
         default=None, description="Column of the pair's domain; null: none."
     )
@@ -701,7 +710,8 @@ class Columns(Section):
     @model_validator(mode="after")
     def _differ(self) -> Self:
         """Refuse one column in two roles."""
-        if len({self.prompt, self.chosen, self.rejected}) < 3:
+        named = [name for name in (self.prompt, self.chosen, self.rejected) if name is not None]
+        if len(set(named)) < len(named):
             fail(((), "names one column twice; prompt, chosen and rejected must differ"))
         return self
 
@@ -769,7 +779,9 @@ class Anchor(Section):
     to: Literal["original", "abliterated"] = Field(
         description="The teacher: original on harmless prompts, abliterated on the once refused."
     )
-    prompts: PromptSource = Field(description="Prompts the teacher answers.")
+    prompts: TaggedPrompts = Field(
+        description="Prompts the teacher answers; those of a damage-aware mix can have domains."
+    )
     weight: Annotated[Number, BeforeValidator(_anchor_has_effect)] = Field(
         default=1.0, gt=0, description="Weight of this term in the loss."
     )
@@ -778,6 +790,18 @@ class Anchor(Section):
         default=64, description="Teacher probabilities that are kept for each token."
     )
     max_new_tokens: Count = Field(default=256, description="Longest teacher answer, in tokens.")
+
+    @model_validator(mode="after")
+    def _only_damage_is_weighed(self) -> Self:
+        """Refuse domains of what the edit unlocked: there it damaged nothing."""
+        if self.to == "abliterated" and self.prompts.domain is not None:
+            fail(
+                (
+                    ("prompts", "domain"),
+                    "has no effect on an anchor to the abliterated model, which knows nothing of damage; delete it",
+                )
+            )
+        return self
 
 
 def _unusable(value: object, place: Key) -> Iterator[tuple[Key, str]]:
@@ -802,7 +826,47 @@ def _check_block(block: dict[str, Any]) -> dict[str, Any]:
 Block = Annotated[dict[Text, Any], AfterValidator(_check_block)]
 
 
-class Stopping(Section):
+class QuickQuestions(Section):
+    """What a quick evaluation asks, to see what the edit broke."""
+
+    questions: Questions = Field(
+        description="What damage and recovery are measured on; stage 3 may not use them. Where no right answer is "
+        "known the original model's own counts as right."
+    )
+    max_new_tokens: Count = Field(default=64, description="Longest answer, in tokens.")
+    batch_size: Count = Field(default=32, description="Prompts per forward pass and rank.")
+
+
+class Mix(QuickQuestions):
+    """A damage-aware mix: both models answer questions first, and what the edit broke is trained on most."""
+
+    floor: Number = Field(
+        default=0.05, ge=0, lt=1, description="Least share of a domain in the mix, damaged or not."
+    )
+    cap: Number = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Largest share that damage raises a domain to; one that has more as it comes is not cut.",
+    )
+
+    @model_validator(mode="after")
+    def _has_domains(self) -> Self:
+        """Refuse questions that name no domain, and a floor over the cap."""
+        problems: list[tuple[Key, str]] = []
+        if self.questions.domain is None:
+            reason = "is missing; name the column that says which domain a question is of"
+            problems.append((("questions", "domain"), reason))
+        if self.floor >= self.cap:
+            reason = (
+                f"is {self.floor:g}, not below cap {self.cap:g}, so every share would be the same"
+            )
+            problems.append((("floor",), f"{reason}; lower it"))
+        fail(*problems)
+        return self
+
+
+class Stopping(QuickQuestions):
     """Quick evaluations during training: stop where the damage is won back, and keep the best weights."""
 
     every: Count = Field(default=20, description="Optimizer steps between quick evaluations.")
@@ -828,16 +892,10 @@ class Stopping(Section):
         lt=1,
         description="Weights that refuse more of the harmless prompts are never kept.",
     )
-    questions: Questions = Field(
-        description="What recovery is measured on; neither training nor stage 3 may use them. Where no right answer "
-        "is known the original model's own counts as right."
-    )
     harmful: PromptSource = Field(description="Prompts that the original model refuses.")
     harmless: PromptSource = Field(
         description="Prompts that it answers: for over-refusal, and for the divergence from it."
     )
-    max_new_tokens: Count = Field(default=64, description="Longest answer, in tokens.")
-    batch_size: Count = Field(default=32, description="Prompts per forward pass and rank.")
 
 
 class TrainSection(Section):
@@ -882,6 +940,10 @@ class TrainSection(Section):
         default=32, description="Pairs per optimizer step over all ranks, however many there are."
     )
     trainer: Block = Field(default={}, description="trl.DPOConfig by its own names.")
+    mix: Mix | None = Field(
+        default=None,
+        description="Weigh pairs and anchors by what the edit damaged; null: as many as there are of each domain.",
+    )
     stopping: Stopping | None = Field(
         default=None,
         description="Quick evaluations that end training and choose its weights; null: train to the end.",
@@ -904,6 +966,22 @@ class TrainSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _domains_are_weighed(self) -> Self:
+        """Refuse domains of anchors that nothing reads; those of pairs are counted at least."""
+        if self.mix is None:
+            fail(
+                *(
+                    (
+                        ("anchors", index, "prompts", "domain"),
+                        "has no effect without train.mix; delete it",
+                    )
+                    for index, anchor in enumerate(self.anchors)
+                    if anchor.prompts.domain is not None
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
     def _packed_weights_are_not_trained(self) -> Self:
         """Refuse full training of weights in 4 bits, which have no gradients."""
         if self.load_in_4bit and self.adapter is None:
@@ -919,8 +997,22 @@ class TrainSection(Section):
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.\-]*"
 _RATE: Final = frozenset({"value", "low", "high"})
 _MODELS: Final = frozenset({"original", "abliterated", "healed"})
-_DIVERGENCE: Final = frozenset({"mean_kl", "p99_kl", "top1_agreement", "first_token_kl"})
+_DIVERGENCE: Final = frozenset(
+    {
+        "mean_kl",
+        "median_kl",
+        "p95_kl",
+        "p99_kl",
+        "top1_agreement",
+        "first_token_kl",
+        "after_first_token_kl",
+    }
+)
 _RATES: Final[Mapping[str, Iterable[str]]] = dict.fromkeys(sorted(_MODELS), _RATE)
+
+_FLIPS: Final = frozenset(
+    {"broken", "fixed", "still_broken", "newly_broken", "unlocked", "newly_right"}
+)
 
 # The numbers of results.json that a gate can name: list, then field, then its own fields.
 RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
@@ -929,6 +1021,9 @@ RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
         "n": (),
         "answer_logp": _MODELS,
         "damage": _RATE | {"p"},
+        "gap": _RATE | {"p"},
+        "minimum_detectable_effect": (),
+        "flips": _FLIPS,
         "recovery": _RATE,
     },
     "refusal": {**_RATES, "n": ()},
@@ -936,13 +1031,21 @@ RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
         "num_tokens": (),
         "abliterated": _DIVERGENCE,
         "healed": _DIVERGENCE,
+        "cross_entropy": _MODELS,
+        "repetition": _MODELS,
+    },
+    "cross_entropy": {
+        **_RATES,
+        "num_tokens": (),
+        "damage": _RATE | {"p"},
+        "gap": _RATE | {"p"},
     },
     "pooled": {"n": (), "damage": _RATE, "recovery": _RATE},
     "direction": dict.fromkeys(
         ("residual", "residual_bfloat16", "residual_nf4"), frozenset({"abliterated", "healed"})
     ),
 }
-_ITEM_LISTS: Final = frozenset({"benchmarks", "refusal", "divergence"})
+_ITEM_LISTS: Final = frozenset({"benchmarks", "refusal", "divergence", "cross_entropy"})
 
 
 def _check_gate(path: str) -> str:
@@ -1023,14 +1126,51 @@ class LmEval(Section):
     )
 
 
+PanelFormat = Literal[
+    "xstest",
+    "coconot_contrast",
+    "or_bench",
+    "jailbreakbench",
+    "harmbench",
+    "strongreject",
+    "sorry_bench",
+]
+
+
+class PanelPrompts(PromptSource):
+    """Prompts of a panel, with what each is about."""
+
+    category: Text | None = Field(
+        default=None, description="The column of each prompt's category; null: none."
+    )
+    format: PanelFormat | None = Field(
+        default=None,
+        description="A published set by name: its own columns are read, and of a set that holds both harmful and "
+        "harmless prompts those that `harmless` asks for; null: column and category.",
+    )
+
+    @model_validator(mode="after")
+    def _format_names_the_columns(self) -> Self:
+        """Refuse columns beside a format that has its own."""
+        if self.format is not None:
+            reason = f"has no effect beside format {self.format}; delete one of the two"
+            given = [("column", self.column != "prompt"), ("category", self.category is not None)]
+            fail(*(((key,), reason) for key, is_given in given if is_given))
+        return self
+
+
 class Refusal(Section):
     """The rate of refusals on a set of prompts."""
 
     name: Literal["refusal"] = Field(description="The rate of refusals.")
     panel: Panel = Field(description="Name of the prompt set, in results and gates.")
-    prompts: PromptSource = Field(description="Prompts that no earlier stage has used.")
+    prompts: PanelPrompts = Field(description="Prompts that no earlier stage has used.")
     harmless: Flag = Field(
         description="true: refusing these is over-refusal; false: the original refuses these."
+    )
+    system: Text | None = Field(
+        default=None,
+        description="System prompt in front of every prompt; null: none. For both, name two panels.",
     )
     max_new_tokens: Count = Field(default=256, description="Longest answer, in tokens.")
 
@@ -1044,15 +1184,29 @@ class Divergence(Section):
     max_new_tokens: Count = Field(default=128, description="Longest answer, in tokens.")
 
 
+class CrossEntropy(Section):
+    """How well plain text is predicted."""
+
+    name: Literal["cross_entropy"] = Field(description="Cross-entropy of plain text.")
+    panel: Panel = Field(description="Name of the text, in results and gates.")
+    documents: PromptSource = Field(
+        description="Plain text: one document a row (of a text file: a line), read without a chat template."
+    )
+    max_tokens: Whole = Field(default=512, ge=2, description="Where a document is cut, in tokens.")
+
+
 Benchmark = Annotated[
     Annotated[LmEval, Tag("=lm_eval")]
     | Annotated[Refusal, Tag("=refusal")]
-    | Annotated[Divergence, Tag("=divergence")],
+    | Annotated[Divergence, Tag("=divergence")]
+    | Annotated[CrossEntropy, Tag("=cross_entropy")],
     _named("benchmark"),
 ]
 
 
-def _repeated(benchmarks: Sequence[LmEval | Refusal | Divergence]) -> list[tuple[Key, str]]:
+def _repeated(
+    benchmarks: Sequence[LmEval | Refusal | Divergence | CrossEntropy],
+) -> list[tuple[Key, str]]:
     """Find tasks and panels whose results would have the same name."""
     seen: set[tuple[str, str]] = set()
     problems: list[tuple[Key, str]] = []
@@ -1069,6 +1223,9 @@ def _repeated(benchmarks: Sequence[LmEval | Refusal | Divergence]) -> list[tuple
     return problems
 
 
+Engine = Literal["packed", "hf", "vllm"]
+
+
 class EvalSection(Section):
     """Stage 3: measure the original, the abliterated and the healed model on the same items."""
 
@@ -1079,7 +1236,21 @@ class EvalSection(Section):
         description="Loss (as a fraction) that still counts as not inferior.",
     )
     batch_size: Count = Field(default=32, description="Items per forward pass and rank.")
+    engine: Engine = Field(
+        default="packed",
+        description="What answers lm_eval's tasks: packed rows (all options of an item in one, what items begin with "
+        "read once), hf (lm-eval's HFLM), or vllm where it is installed.",
+    )
+    part: Literal["all", "search", "confirmation", "test"] = Field(
+        default="all",
+        description="Items that are measured: all, or one of three parts that share none; a study sets it.",
+    )
     benchmarks: tuple[Benchmark, ...] = Field(min_length=1, description="What is measured.")
+    labels: Text | None = Field(
+        default=None,
+        description="A CSV file with what people say of some answers to the refusal panels: labels.csv of an earlier "
+        "evaluation, filled in; null: none.",
+    )
     accept: dict[Gate, Limit] = Field(
         default={}, description="Limits on fields of results.json; a missed one stops the release."
     )
@@ -1101,14 +1272,14 @@ class EvalSection(Section):
             head, _, rest = gate.partition("[")
             panels = [entry.panel for entry in info.data["benchmarks"] if entry.name == head]
             panel = rest.partition("]")[0]
-            if head in ("refusal", "divergence") and panel not in panels:
+            if head in ("refusal", "divergence", "cross_entropy") and panel not in panels:
                 known = nearest(panel, panels) if panels else f"; add a {head} benchmark"
                 fail(((gate,), f'"{panel}" is not a {head} panel of this recipe{known}'))
         return value
 
 
 class ReleaseSection(Section):
-    """What the model card of the release says."""
+    """What the release holds, what its model card says, and where it goes."""
 
     license: Text = Field(default="other", description="Licence id as the hub knows it.")
     license_name: Text | None = Field(
@@ -1119,6 +1290,14 @@ class ReleaseSection(Section):
     )
     language: tuple[Text, ...] = Field(
         default=("en",), min_length=1, description="Language codes, e.g. [en, de]."
+    )
+    form: Literal["full", "adapter"] = Field(
+        default="full",
+        description="full: the healed weights; adapter: edit and adapter alone, for owners of the base.",
+    )
+    push_to_hub: Annotated[Text, Field(pattern=rf"^{_NAME}/{_NAME}$")] | None = Field(
+        default=None,
+        description="Id of a private repository (owner/name) that the finished release is uploaded to; null: none.",
     )
 
     @model_validator(mode="after")
@@ -1147,6 +1326,187 @@ class TrackingSection(Section):
     )
 
 
+class Parameter(Section):
+    """What a study tries for one key of the recipe: a list of choices, or a range."""
+
+    choices: tuple[Any, ...] | None = Field(
+        default=None, description="Values to try, of any form that the key takes."
+    )
+    low: Whole | Number | None = Field(default=None, description="Smallest value of a range.")
+    high: Whole | Number | None = Field(default=None, description="Largest value of a range.")
+    step: Whole | Number | None = Field(
+        default=None,
+        description="Distance of the values of a range; null: rounded numbers, so that trials can share stages.",
+    )
+    log: Flag = Field(default=False, description="Whether a range is drawn from by its logarithm.")
+    when: dict[Text, tuple[Any, ...]] = Field(
+        default={},
+        description="Other keys of the study with the choices of theirs beside which this key is tried.",
+    )
+
+    @model_validator(mode="after")
+    def _choices_or_range(self) -> Self:
+        """Ask for choices or for a range, and for settings that belong to it."""
+        given = [key for key in ("low", "high", "step") if getattr(self, key) is not None]
+        given += ["log"] if self.log else []
+        if self.choices is not None:
+            fail(*(((key,), "has no effect beside choices; delete it") for key in given))
+            fail(*_choice_problems(self.choices))
+        elif self.low is None or self.high is None:
+            fail(((), "is no set of values; give choices: [...], or low and high"))
+        else:
+            fail(*self._range_problems(self.low, self.high))
+        return self
+
+    def _range_problems(self, low: float, high: float) -> Iterator[tuple[Key, str]]:
+        if low >= high:
+            yield ("high",), f"{high:g} is not above low {low:g}, so there is nothing to try"
+        if self.step is not None and self.step <= 0:
+            yield ("step",), f"is {self.step:g}; it must be greater than 0"
+        if self.log and low <= 0:
+            yield ("low",), f"{low:g} has no logarithm; raise it above 0, or delete log"
+        if self.log and self.step is not None:
+            yield ("step",), "cannot stand beside log; delete one, or list the values in choices"
+        if self.whole and isinstance(self.step, float):
+            yield ("step",), f"{self.step:g} is no whole number, but low and high are; write 1.0, not 1"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the values of a range are whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+def _choice_problems(choices: tuple[Any, ...]) -> Iterator[tuple[Key, str]]:
+    """Refuse a list with nothing to choose from, and one with the same choice twice."""
+    if len(choices) < 2:
+        reason = "has fewer than two values; add one, or set the key in the recipe itself"
+        yield ("choices",), reason
+    for index, choice in enumerate(choices):
+        if any(type(choice) is type(other) and choice == other for other in choices[:index]):
+            yield ("choices", index), f"{choice} is there already; delete one"
+
+
+class Sampler(Section):
+    """What proposes the settings of the next trial: a sampler of Optuna, with its own arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: Literal[
+        "TPESampler",
+        "GPSampler",
+        "NSGAIISampler",
+        "RandomSampler",
+        "QMCSampler",
+        "GridSampler",
+    ] = Field(description="A sampler by Optuna's name; its arguments stand beside it.")
+
+
+class Pruner(Section):
+    """What ends a trial early whose quick evaluations are poor: a pruner of Optuna, with its own arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: Literal[
+        "MedianPruner",
+        "PercentilePruner",
+        "SuccessiveHalvingPruner",
+        "HyperbandPruner",
+        "ThresholdPruner",
+    ] = Field(description="A pruner by Optuna's name; its arguments stand beside it.")
+
+
+class StudySection(Section):
+    """Many settings of one recipe, each a trial; stages that trials have in common run once."""
+
+    parameters: dict[Text, Parameter] = Field(
+        min_length=1, description="What is tried, by the dotted key of the recipe."
+    )
+    objectives: dict[Gate, Literal["maximize", "minimize"]] = Field(
+        default={"pooled.recovery.value": "maximize"},
+        min_length=1,
+        description="Fields of results.json that trials are judged by.",
+    )
+    constraints: dict[Gate, Limit] | None = Field(
+        default=None,
+        description="Limits on fields of results.json; null: those of eval.accept on rates of refusal.",
+    )
+    num_trials: Count | None = Field(
+        default=None, description="Trials in all; null: every combination of the choices (a grid)."
+    )
+    timeout: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None, description="Seconds after which no trial is begun; null: no limit."
+    )
+    seeds: Count = Field(default=1, description="Runs of a trial, each with a seed of its own.")
+    confirmation_seeds: Count = Field(
+        default=2, description="Runs of the best trial on items and with seeds that are new to it."
+    )
+    sampler: Sampler | None = Field(
+        default=None, description="null: a grid without num_trials, else TPESampler."
+    )
+    pruner: Pruner | None = Field(
+        default=None, description="Ends poor trials by train.stopping's evaluations; null: none."
+    )
+    storage: Text | None = Field(
+        default=None,
+        description="Database URL for Optuna, e.g. postgresql+psycopg://host/name; null: a file in the run folder.",
+    )
+
+    @property
+    def sampler_name(self) -> str:
+        """The sampler that is meant."""
+        if self.sampler is not None:
+            return self.sampler.name
+        bounded = self.num_trials is not None or self.timeout is not None
+        return "TPESampler" if bounded else "GridSampler"
+
+    @model_validator(mode="after")
+    def _trials_are_counted(self) -> Self:
+        """Refuse a grid with a number, an endless search, and a grid over what cannot be listed."""
+        if self.sampler_name != "GridSampler":
+            if self.num_trials is None and self.timeout is None:
+                fail((("num_trials",), "is missing; say how many trials, or give timeout"))
+            return self
+        problems: list[tuple[Key, str]] = []
+        if self.num_trials is not None:
+            reason = "has no effect on a grid, which is tried whole; delete it"
+            problems.append((("num_trials",), reason))
+        reason = "cannot be listed for a grid; give choices or step, or num_trials"
+        problems += [
+            (("parameters", key), reason)
+            for key, tried in self.parameters.items()
+            if tried.choices is None and tried.step is None and not tried.whole
+        ]
+        fail(*problems)
+        return self
+
+    @model_validator(mode="after")
+    def _conditions_hold(self) -> Self:
+        """Refuse conditions on what the study does not try."""
+        problems: list[tuple[Key, str]] = []
+        for key, tried in self.parameters.items():
+            for other, values in tried.when.items():
+                place: Key = ("parameters", key, "when", other)
+                parent = self.parameters.get(other)
+                if parent is None:
+                    known = [name for name in self.parameters if name != key]
+                    problems.append((place, f"is not tried by this study{nearest(other, known)}"))
+                elif parent.choices is None:
+                    problems.append((place, "has a range, and a condition needs choices"))
+                elif unknown := [value for value in values if value not in parent.choices]:
+                    problems.append((place, f"{unknown[0]} is none of its choices"))
+                elif list(self.parameters).index(other) >= list(self.parameters).index(key):
+                    problems.append((place, f"stands behind {key}; put it in front"))
+        fail(*problems)
+        return self
+
+    @model_validator(mode="after")
+    def _pruning_is_possible(self) -> Self:
+        """Refuse pruning by several objectives: Optuna prunes by one."""
+        if self.pruner is not None and len(self.objectives) > 1:
+            fail((("pruner",), "judges by one objective, but there are several; delete it"))
+        return self
+
+
 class Recipe(Section):
     """One healed model: which model, how it is abliterated, healed, measured and released."""
 
@@ -1163,9 +1523,12 @@ class Recipe(Section):
     train: TrainSection = Field(description="Stage 2.")
     eval: EvalSection = Field(description="Stage 3.")
     release: ReleaseSection = Field(
-        default=ReleaseSection(), description="What the model card says."
+        default=ReleaseSection(), description="What is released, and where it goes."
     )
     tracking: TrackingSection = Field(default=TrackingSection(), description="wandb.")
+    study: StudySection | None = Field(
+        default=None, description="Many settings of this recipe; null: the recipe alone."
+    )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -1205,5 +1568,10 @@ COMPONENTS: Final[Mapping[str, Mapping[str, type[Section]]]] = {
         "add": Add,
     },
     "train.preferences": {"on_policy": OnPolicy, "dataset": PreferenceDataset},
-    "eval.benchmarks": {"lm_eval": LmEval, "refusal": Refusal, "divergence": Divergence},
+    "eval.benchmarks": {
+        "lm_eval": LmEval,
+        "refusal": Refusal,
+        "divergence": Divergence,
+        "cross_entropy": CrossEntropy,
+    },
 }

@@ -1,8 +1,8 @@
 """A quick evaluation of a model in memory: small enough to be made again and again while it is trained.
 
-Three sets of prompts are answered greedily: questions, whose answers are right or wrong; prompts that the original
-refuses; harmless ones. What a model replied is data, so that the original's and the abliterated model's replies are
-made once and every later model is compared with them, item by item.
+Questions, whose answers are right or wrong, are answered greedily; for the stopping of a training prompts that the
+original refuses and harmless ones as well. What a model replied is data, so that the original's and the abliterated
+model's replies are made once and every later model is compared with them, item by item.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from common.generation import generate
 from common.overlap import normalize
 from common.prompts import load_prompts
 from common.questions import is_right, load_questions
-from common.recipe import Stopping
+from common.recipe import QuickQuestions, Stopping
 from common.refusal import is_refusal
 from common.statistics import Difference, Floats
 from eval.comparison import SIGNIFICANCE, Answers, pool
@@ -53,7 +53,7 @@ class Damage:
 class QuickEvaluation:
     """The prompts of a quick evaluation, ready to be put to any model."""
 
-    def __init__(self, settings: Stopping, seed: int) -> None:
+    def __init__(self, settings: QuickQuestions, seed: int) -> None:
         """Load the prompts.
 
         Args:
@@ -62,8 +62,11 @@ class QuickEvaluation:
         """
         self.settings, self.seed = settings, seed
         self.questions = load_questions(settings.questions)
-        self.harmful = load_prompts(settings.harmful)
-        self.harmless = load_prompts(settings.harmless)
+        self.harmful, self.harmless = (
+            (load_prompts(settings.harmful), load_prompts(settings.harmless))
+            if isinstance(settings, Stopping)
+            else ([], [])
+        )
 
     def ask(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str

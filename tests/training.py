@@ -1,9 +1,15 @@
-"""The settings of the small trainings that the tests of stage two run."""
+"""The settings of the small trainings that the tests of stage two run, and what their teachers say."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
+
+from common.generation import generate
+from train.anchors import TeacherRow, teach
+from train.shelf import Shelf
 
 
 def settings_of(folder: Path, **changes: Any) -> DPOConfig:
@@ -26,4 +32,33 @@ def settings_of(folder: Path, **changes: Any) -> DPOConfig:
             "seed": 0,
             **changes,
         }
+    )
+
+
+def shelf_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Shelf:
+    """The shelf of two models that are called by names instead of contents."""
+    return Shelf(folder, {"original": "one", "abliterated": "other"}, tokenizer)
+
+
+def taught(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    top_k: int,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[TeacherRow]:
+    """A teacher's rows over the answers that it gives now."""
+    answers = generate(
+        teacher, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return teach(
+        teacher,
+        tokenizer,
+        prompts,
+        answers,
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        batch_size=batch_size,
     )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import StageError
+from common.model import auto_class, load_config, resolve
+from common.recipe import Recipe
 
 # Every linear layer, as the Daredevil recipe trained them; peft leaves the unembedding out by itself.
 DEFAULT_TARGETS = "all-linear"
@@ -38,6 +40,14 @@ def build_adapter(block: Mapping[str, Any]) -> LoraConfig:
     if "target_parameters" in block and "target_modules" not in block:
         settings.pop("target_modules")
     return LoraConfig(task_type=TaskType.CAUSAL_LM, **settings)
+
+
+def without_weights(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's model as its configuration describes it, on the meta device."""
+    config = load_config(resolve(recipe.model.name_or_path, recipe.model.revision))
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(config).from_config(config)
+    return model
 
 
 def keep_adapter_in_float32(model: PeftModel) -> None:

@@ -6,6 +6,7 @@ push near-miss answers down on both sides; anchors are what heals.
 """
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import chat, distributed
 from common.divergence import answer_logits, batches
-from common.generation import ended, generate
-from common.recipe import Anchor
+from common.generation import ended
+from train.shelf import Answers, Piece
 
 
 @dataclass(frozen=True)
@@ -41,43 +42,73 @@ class TeacherRow:
     top_logps: Tensor
 
 
+class Lessons:
+    """A teacher's rows for prompts: made from its greedy answers, and shared as those are."""
+
+    def __init__(self, answers: Answers, top_k: int) -> None:
+        """Name the file.
+
+        Args:
+            answers: of the teacher.
+            top_k: probabilities that are kept for each token.
+        """
+        self.answers, self.top_k = answers, top_k
+        depends = {**answers.depends, "top_k": top_k}
+        self.path = answers.shelf.path("anchors", answers.teacher, depends, ".safetensors")
+        self.pieces = [answers.piece, Piece(self.path, answers.teacher, self._make)]
+
+    def rows(self) -> list[TeacherRow]:
+        """One row per prompt."""
+        return load_rows(self.path)
+
+    def _make(self, model: PreTrainedModel) -> None:
+        answers = self.answers
+        rows = teach(
+            model,
+            answers.shelf.tokenizer,
+            answers.prompts,
+            answers.ids(),
+            max_new_tokens=answers.max_new_tokens,
+            top_k=self.top_k,
+            batch_size=answers.batch_size,
+        )
+        if distributed.is_main():
+            save_rows(rows, self.path)
+
+
 @torch.inference_mode()
 def teach(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    anchor: Anchor,
+    answers: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    top_k: int,
     batch_size: int,
 ) -> list[TeacherRow]:
-    """Let the teacher answer greedily, and keep its top-k log-probabilities.
+    """Keep a teacher's top-k log-probabilities over its own answers.
 
     Args:
         teacher: the model that the anchor names.
         tokenizer: its tokenizer.
         prompts: the anchor's prompts; the processes of the launch share them.
-        anchor: top_k and max_new_tokens.
+        answers: the teacher's, without end tokens.
+        max_new_tokens: where answers were cut that the teacher did not end.
+        top_k: tokens that are kept at each position.
         batch_size: prompts per forward pass.
 
     Returns:
         One row per prompt, on every process.
     """
-    answers = generate(
-        teacher,
-        tokenizer,
-        prompts,
-        max_new_tokens=anchor.max_new_tokens,
-        batch_size=batch_size,
-        description=f"answers of the {anchor.to} model",
-    )
-    encoded = chat.encode(tokenizer, prompts)
     texts = [
-        (prompt, ended(teacher, tokenizer, answer, anchor.max_new_tokens))
-        for prompt, answer in zip(encoded, answers, strict=True)
+        (prompt, ended(teacher, tokenizer, answer, max_new_tokens))
+        for prompt, answer in zip(chat.encode(tokenizer, prompts), answers, strict=True)
     ]
     pad_id = int(tokenizer.pad_token_id)
 
     def work(part: Sequence[tuple[list[int], list[int]]]) -> list[TeacherRow]:
-        return _teach_part(teacher, part, anchor.top_k, batch_size, pad_id)
+        return _teach_part(teacher, part, top_k, batch_size, pad_id)
 
     return distributed.share(texts, work)
 
@@ -116,7 +147,8 @@ def save_rows(rows: Sequence[TeacherRow], path: Path) -> None:
         "top_ids": torch.cat([row.top_ids for row in rows]).to(torch.int32),
         "top_logps": torch.cat([row.top_logps for row in rows]),
     }
-    beside = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, beside, metadata={"healing": json.dumps({"lengths": lengths})})
     beside.replace(path)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     TrainerCallback,
@@ -21,9 +21,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from common.edits import Edit, edited_writers
+from common.architecture import find_writers
+from common.edits import Edit, Removal, edited_writers
 from common.errors import StageError
-from train.drift import Drift, lora_drifts, weight_drifts
+from common.recipe import Recipe
+from train.adapter import build_adapter, without_weights
+from train.drift import Drift, lora_drifts, unseen_changes, weight_drifts
+from train.launch import launch_strategy
 
 if TYPE_CHECKING:
     from train.trainer import HealingTrainer
@@ -53,6 +57,39 @@ class KeepAblated(TrainerCallback):
         with torch.no_grad():
             for drift in self.drifts:
                 drift.take_back()
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Why a training could not be held to the ablation, found without loading a weight; of a model that can be read."""
+    section = recipe.train
+    if section.keep_ablated == "none" or recipe.abliteration.edit.name == "add":
+        return []
+    strategy = launch_strategy()
+    if strategy.shards_weights and strategy.name != "FSDP2":
+        return [
+            f"train.keep_ablated: {section.keep_ablated} cannot see what training adds along the removed direction "
+            f"where {strategy.name} flattens and shares out the parameters; launch with configs/fsdp2.yaml or "
+            "configs/ddp.yaml, or set it to none"
+        ]
+    if section.adapter is None:
+        return []
+    model = without_weights(recipe)
+    writers = find_writers(model)
+    names = {
+        True: [w.name for w in writers if w.tied],
+        False: [w.name for w in writers if not w.tied],
+    }
+    # Of what is removed, only the places count here.
+    removal = Removal(("direction",), (1.0,), "none")
+    edit = Edit(
+        {}, dict.fromkeys(names[False], removal), {}, dict.fromkeys(names[True], "tied"), {}
+    )
+    adapted = get_peft_model(model, build_adapter(section.adapter), low_cpu_mem_usage=True)
+    problems = unseen_changes(adapted, edit)
+    return [
+        f"train.keep_ablated: {problem}, or set train.keep_ablated to none"
+        for problem in problems[:1]  # the others are of the same kind, one for each block
+    ]
 
 
 def keep_ablated(

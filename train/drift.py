@@ -185,10 +185,32 @@ def lora_drifts(model: nn.Module, edit: Edit) -> tuple[list[Drift], list[str]]:
     """
     kinds = _kinds(model, edit)
     drifts: list[Drift] = []
+    for path, layer in _lora_layers(model):
+        name = _plain_name(path)
+        if name not in kinds or not _is_seen(layer, kinds[name]):
+            continue
+        base = layer.get_base_layer()
+        basis = edit.basis(name)
+        scale = _scale(_stored(base, kinds[name]), basis)
+        for adapter in (*layer.lora_B, *layer.lora_embedding_B):
+            reading, writing, _ = _factors(layer, adapter)
+            shapes = (reading.shape, writing.shape)
+            drifts.append(FactorDrift(name, basis, scale, layer, adapter, shapes))
+    return drifts, unseen_changes(model, edit)
+
+
+def unseen_changes(model: nn.Module, edit: Edit) -> list[str]:
+    """Sentences about what an adapter changes of an edited writer, or of the norm behind one, that no drift sees.
+
+    Args:
+        model: a PeftModel; no weight of it is read.
+        edit: what is removed from which writers counts, and along which vectors does not.
+    """
+    kinds = _kinds(model, edit)
     problems, accounted = [], []
     for path, layer in _lora_layers(model):
         name = _plain_name(path)
-        if name not in edit.removals:
+        if name not in kinds:
             continue
         if any(layer.use_dora.values()):
             accounted.append(path)
@@ -196,18 +218,9 @@ def lora_drifts(model: nn.Module, edit: Edit) -> tuple[list[Drift], list[str]]:
                 f"DoRA rescales the rows of {name}, so its update cannot be kept off the removed direction; set "
                 "train.adapter.use_dora to false"
             )
-        elif _reads_only(layer, kinds[name]):
+        elif _reads_only(layer, kinds[name]) or _is_seen(layer, kinds[name]):
             accounted.append(path)
-        elif _writes_by_columns(layer, kinds[name]):
-            accounted.append(path)
-            base = layer.get_base_layer()
-            basis = edit.basis(name)
-            scale = _scale(_stored(base, kinds[name]), basis)
-            for adapter in (*layer.lora_B, *layer.lora_embedding_B):
-                reading, writing, _ = _factors(layer, adapter)
-                shapes = (reading.shape, writing.shape)
-                drifts.append(FactorDrift(name, basis, scale, layer, adapter, shapes))
-    return drifts, problems + _other_ways(model, edit, kinds, accounted)
+    return problems + _other_ways(model, edit, kinds, accounted)
 
 
 def residual(drifts: Sequence[Drift]) -> float:
@@ -339,6 +352,15 @@ def _reads_only(layer: LoraLayer, kind: Writer) -> bool:
     return isinstance(layer, ParamWrapper) and layer.parameter_name not in (
         kind.parameter,
         kind.bias,
+    )
+
+
+def _is_seen(layer: LoraLayer, kind: Writer) -> bool:
+    """Whether what a layer adds to a writer is the product of its factors, with columns in the residual stream."""
+    return (
+        not any(layer.use_dora.values())
+        and not _reads_only(layer, kind)
+        and _writes_by_columns(layer, kind)
     )
 
 

@@ -1,30 +1,28 @@
 """What the two teachers contribute before training: preference pairs and anchor rows.
 
-Each piece is a file below the stage's work folder, made once by the model it needs; after a kill the pieces that
-are there are kept. One model is in memory at a time: first the original, then the abliterated one; and the original
-once more, where it is to judge what the abliterated one made.
+Each piece is a file on the shelf (`train.shelf`), made once by the model it needs; after a kill, and in the next
+training, the pieces that are there are kept. One model is in memory at a time: first the original, then the abliterated
+one; and the original once more, where it is to judge what the abliterated one made.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from common import distributed
-from common.model import load_model, load_tokenizer, resolve
-from common.prompts import load_prompts
-from common.recipe import Anchor, OnPolicy, Recipe
+from common.model import load_model, resolve
+from common.questions import load_questions
+from common.recipe import Anchor, Recipe
 from train import pairs
-from train.anchors import TeacherRow, load_rows, save_rows, teach
+from train.anchors import Lessons, TeacherRow
+from train.damage import DamageAwareMix
 from train.preferences.filters import Pair
-
-Teacher = Literal["original", "abliterated"]
-TEACHERS: tuple[Teacher, ...] = ("original", "abliterated")
+from train.shelf import TEACHERS, Answers, Piece, Shelf, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -48,64 +46,78 @@ class Material:
     refusal_limit: dict[str, float] | None = None
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A file that one of the models makes.
-
-    Attributes:
-        path: where it lies.
-        teacher: the model that makes it.
-        make: writes it on the main process; called on every process.
-        is_last: made when all others are there, which it reads.
-    """
-
-    path: Path
-    teacher: Teacher
-    make: Callable[[PreTrainedModel], None]
-    is_last: bool = False
-
-
 def prepare(
     recipe: Recipe,
-    work: Path,
+    shelf: Shelf,
     upstream: Mapping[str, Path],
     excluded: frozenset[str],
     more: Sequence[Piece] = (),
+    by_damage: DamageAwareMix | None = None,
 ) -> Material:
     """Make what is missing, and read everything.
 
     Args:
         recipe: its `train` section.
-        work: folder for the pieces.
+        shelf: of what the models say.
         upstream: the folder of stage one.
         excluded: normalized questions of the benchmarks.
         more: files that the models make as well, for others to read.
+        by_damage: draws pairs and anchors, where the recipe has `train.mix`.
 
     Raises:
         StageError: if the filters leave no pair.
     """
-    tokenizer = load_tokenizer(upstream["abliteration"] / "model")
-    screen = pairs.Screen(recipe, work, upstream["abliteration"], excluded, tokenizer)
-    pieces = [*_pieces(recipe, work, tokenizer, screen), *more]
-    missing = distributed.broadcast(
-        [piece.path.name for piece in pieces if not piece.path.exists()]
-    )
-    for is_last, teacher in product((False, True), TEACHERS):
-        due = [
-            piece
-            for piece in pieces
-            if piece.teacher == teacher and piece.is_last == is_last and piece.path.name in missing
-        ]
-        if due:
-            _make(due, _load_teacher(recipe, teacher, upstream))
-    found, counts = pairs.mix(recipe, screen)
+    screen = pairs.Screen(recipe, shelf, upstream["abliteration"], excluded)
+    lessons = [_lessons(anchor, shelf) for anchor in recipe.train.anchors]
+    pieces = [*screen.pieces(), *(piece for own in lessons for piece in own.pieces), *more]
+    pieces += by_damage.pieces if by_damage is not None else []
+    _make_missing(pieces, recipe, upstream)
+    found, counts = pairs.mix(recipe, screen, by_damage)
     anchors = [
-        load_rows(work / f"anchor-{index}.safetensors")
-        for index in range(len(recipe.train.anchors))
+        _drawn(index, anchor, own.rows(), by_damage)
+        for index, (anchor, own) in enumerate(zip(recipe.train.anchors, lessons, strict=True))
     ]
     domains = Counter(pair.domain for pair in found if pair.domain is not None)
     limit = screen.limit().as_data() if recipe.train.filters.direction else None
     return Material(found, anchors, counts, dict(sorted(domains.items())), limit)
+
+
+def _lessons(anchor: Anchor, shelf: Shelf) -> Lessons:
+    questions = load_questions(anchor.prompts)
+    return Lessons(
+        Answers(
+            shelf,
+            anchor.to,
+            [question.prompt for question in questions],
+            max_new_tokens=anchor.max_new_tokens,
+            # Scoring needs logits of whole answers: smaller batches than generation.
+            batch_size=4 * anchor.batch_size,
+        ),
+        anchor.top_k,
+    )
+
+
+def _drawn(
+    index: int, anchor: Anchor, rows: list[TeacherRow], by_damage: DamageAwareMix | None
+) -> list[TeacherRow]:
+    if by_damage is None or anchor.prompts.domain is None:
+        return rows
+    domains = [question.domain for question in load_questions(anchor.prompts)]
+    (drawn,) = by_damage.draw(f"anchor {index}", [rows], [domains], [1.0])
+    return drawn
+
+
+def _make_missing(pieces: Sequence[Piece], recipe: Recipe, upstream: Mapping[str, Path]) -> None:
+    """Load each model whose pieces are not all there, and let it make those; a piece that two ask for once."""
+    by_path: dict[Path, Piece] = {}
+    for piece in pieces:
+        by_path.setdefault(piece.path, piece)
+    missing = distributed.broadcast([not path.exists() for path in by_path])
+    due = [piece for piece, is_due in zip(by_path.values(), missing, strict=True) if is_due]
+    for is_last, teacher in product((False, True), TEACHERS):
+        own = [piece for piece in due if (piece.is_last, piece.teacher) == (is_last, teacher)]
+        if own:
+            _make(own, _load_teacher(recipe, teacher, upstream))
 
 
 def _make(pieces: Sequence[Piece], model: PreTrainedModel) -> None:
@@ -122,43 +134,3 @@ def _load_teacher(
     return load_model(
         resolve(recipe.model.name_or_path, recipe.model.revision), dtype=recipe.model.dtype
     )
-
-
-def _pieces(
-    recipe: Recipe, work: Path, tokenizer: PreTrainedTokenizerBase, screen: pairs.Screen
-) -> list[Piece]:
-    pieces = []
-    for index, source in enumerate(recipe.train.preferences):
-        if isinstance(source, OnPolicy):
-            files = pairs.AnswerFiles(work, index)
-            pieces += [
-                Piece(files.chosen, "original", pairs.answers_maker(source, tokenizer, files)),
-                Piece(
-                    files.candidates,
-                    "abliterated",
-                    pairs.candidates_maker(source, tokenizer, files, recipe.seed),
-                ),
-            ]
-            if source.num_candidates > 1:
-                make = pairs.scores_maker(source, tokenizer, files)
-                pieces.append(Piece(files.scores, "original", make, is_last=True))
-    for index, anchor in enumerate(recipe.train.anchors):
-        path = work / f"anchor-{index}.safetensors"
-        pieces.append(Piece(path, anchor.to, _anchor_maker(anchor, tokenizer, path)))
-    if recipe.train.filters.direction:  # behind the scores, which decide what is rejected
-        pieces.append(Piece(screen.path, "original", screen.make, is_last=True))
-    return pieces
-
-
-def _anchor_maker(
-    anchor: Anchor, tokenizer: PreTrainedTokenizerBase, path: Path
-) -> Callable[[PreTrainedModel], None]:
-    def make(model: PreTrainedModel) -> None:
-        # Scoring needs logits of whole answers: smaller batches than generation.
-        rows = teach(
-            model, tokenizer, load_prompts(anchor.prompts), anchor, batch_size=4 * anchor.batch_size
-        )
-        if distributed.is_main():
-            save_rows(rows, path)
-
-    return make

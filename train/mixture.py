@@ -4,6 +4,10 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
+
+from common.statistics import Floats
+
 Item = TypeVar("Item")
 
 
@@ -23,7 +27,7 @@ def num_drawn(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
     Args:
         sizes: items of each group.
-        weights: of one item of each group, above 0; only their ratios matter.
+        weights: of one item of each group, 0 or above; only their ratios matter.
     """
     total = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
     if not total:
@@ -46,7 +50,7 @@ def draw(groups: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) 
 
     Args:
         groups: the items, e.g. the pairs of each source or domain.
-        weights: one per group, above 0.
+        weights: one per group, 0 or above.
         seed: of the draw; a group's draw depends on its own place and sizes alone.
 
     Returns:
@@ -63,3 +67,40 @@ def draw(groups: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) 
             [item for index, item in enumerate(group) for _ in range(whole + (index in once_more))]
         )
     return drawn
+
+
+def shares(
+    damages: Sequence[float], sizes: Sequence[float], floor: float, cap: float
+) -> list[float]:
+    """What part of the mix each domain gets, after the damage to be healed in it.
+
+    Every domain gets the floor; what is left is dealt out in proportion to the damage, to none beyond the cap; and
+    what the damaged ones may not have goes to the others in proportion to their sizes. No damage lowers a share: a
+    domain that has more than the cap as it comes may keep that (pairs of two models' answers differ where the damage
+    is, and are of the damaged domain already).
+
+    Args:
+        damages: of each domain, 0 or above, at least one above 0.
+        sizes: how much there is of each, above 0.
+        floor: least share of a domain.
+        cap: largest share that a domain is raised to.
+
+    Returns:
+        One share per domain; their sum is 1.
+    """
+    weighed = np.array(sizes, dtype=np.float64)
+    caps = np.maximum(weighed / weighed.sum(), max(cap, 1 / len(sizes)))
+    found = np.full(len(sizes), min(floor, 1 / len(sizes)))
+    for proportions in (np.array(damages, dtype=np.float64), weighed):
+        found = _deal_out(found, proportions, caps)
+    return [float(share) for share in found]
+
+
+def _deal_out(given: Floats, proportions: Floats, caps: Floats) -> Floats:
+    """Deal what is missing to 1 out in proportion, to none beyond its cap, as far as that goes."""
+    takers = (given < caps) & (proportions > 0)
+    while takers.any() and (left := 1 - given.sum()) > 1e-12:
+        parts = np.where(takers, proportions, 0.0)
+        given = np.minimum(given + left * parts / parts.sum(), caps)
+        takers &= given < caps
+    return given

@@ -2,21 +2,23 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import DPOConfig
 
 from common import artifacts, distributed
 from common.edits import load_edit
 from common.errors import StageError
-from common.generation import generate
 from common.prompts import describe, load_prompts
-from common.recipe import OnPolicy, Recipe
+from common.recipe import OnPolicy, PreferenceDataset, Recipe
 from train import mixture, refusal_probe
+from train.damage import DamageAwareMix
 from train.preferences import dataset, on_policy
 from train.preferences.filters import Judge, Pair, describe_counts, fills, filter_pairs
+from train.shelf import Answers, Piece, Shelf, decoded
 
 # Answers per forward pass that only reads the residual stream.
 PROBE_BATCH = 32
@@ -25,86 +27,90 @@ logger = logging.getLogger(__name__)
 
 
 def check(recipe: Recipe) -> list[str]:
-    """What the filters need and stage one does not give, in words that begin with a dotted key."""
+    """What filters and losses need and the recipe does not give, in words that begin with a dotted key."""
+    problems = []
     if recipe.train.filters.direction and recipe.abliteration.selection.name == "fixed":
-        return [
+        problems.append(
             "train.filters.direction: needs the original's answers of stage 1, which abliteration.selection fixed does "
             "not ask for; write selection: {name: scores}, or set it to false"
-        ]
-    return []
+        )
+    losses = recipe.train.trainer.get("loss_type", ["sigmoid"])
+    comparing = sorted(({losses} if isinstance(losses, str) else set(map(str, losses))) - {"sft"})
+    for index, source in enumerate(recipe.train.preferences):
+        if comparing and _lacks_rejected(source):
+            problems.append(
+                f"train.preferences[{index}].columns.rejected: is null, and {', '.join(comparing)} compares two "
+                "answers; write train.trainer.loss_type: [sft], or name the column of the worse answer"
+            )
+    return problems
 
 
-class AnswerFiles:
-    """Where the answers of a source lie that the models make."""
-
-    def __init__(self, work: Path, index: int) -> None:
-        """Name the files of source number `index`."""
-        self.chosen = work / f"answers-{index}.jsonl"
-        self.candidates = work / f"candidates-{index}.jsonl"
-        self.scores = work / f"scores-{index}.jsonl"
-
-    def read_candidates(self) -> list[list[str]]:
-        """The texts of the candidates of every prompt."""
-        return [row["answers"] for row in artifacts.read_jsonl(self.candidates)]
-
-    def read_scores(self, source: OnPolicy) -> list[list[float]]:
-        """Their scores; a single candidate is the worst without one."""
-        if source.num_candidates == 1:
-            return [[0.0] for _ in artifacts.read_jsonl(self.candidates)]
-        return [row["scores"] for row in artifacts.read_jsonl(self.scores)]
+def _lacks_rejected(source: OnPolicy | PreferenceDataset) -> bool:
+    """Whether a source has answers without a worse one beside them."""
+    return (
+        isinstance(source, PreferenceDataset)
+        and source.columns is not None
+        and source.columns.rejected is None
+    )
 
 
-def answers_maker(
-    source: OnPolicy, tokenizer: PreTrainedTokenizerBase, files: AnswerFiles
-) -> Callable[[PreTrainedModel], None]:
-    """Write the original's greedy answers."""
+class OwnAnswers:
+    """What the models say to the prompts of an `on_policy` source: see `train.shelf`."""
 
-    def make(model: PreTrainedModel) -> None:
-        ids = generate(
-            model,
-            tokenizer,
+    def __init__(self, source: OnPolicy, shelf: Shelf, seed: int) -> None:
+        """Name the files.
+
+        Args:
+            source: prompts and sampling settings.
+            shelf: where they lie.
+            seed: of the samples.
+        """
+        self.source, self.shelf, self.seed = source, shelf, seed
+        self.chosen = Answers(
+            shelf,
+            "original",
             load_prompts(source.prompts),
             max_new_tokens=source.max_new_tokens,
             batch_size=source.batch_size,
-            description="answers of the original model",
         )
+        names = {"num_candidates", "temperature", "top_p"}
+        sampling = source.model_dump(mode="json", include=names)
+        # Greedy answers have no seed.
+        depends = self.chosen.depends | sampling | {"seed": seed if source.temperature else None}
+        self._candidates = shelf.path("candidates", "abliterated", depends, ".jsonl")
+        judged = {"candidates": self._candidates.name, "max_new_tokens": source.max_new_tokens}
+        self._scores = shelf.path("scores", "original", judged, ".jsonl")
+        self.pieces = [
+            self.chosen.piece,
+            Piece(self._candidates, "abliterated", self._sample),
+        ]
+        if source.num_candidates > 1:
+            self.pieces.append(Piece(self._scores, "original", self._score, is_last=True))
+
+    def candidates(self) -> list[list[str]]:
+        """The texts of the candidates of every prompt."""
+        rows = artifacts.read_jsonl(self._candidates)
+        return [decoded(self.shelf.tokenizer, row["tokens"]) for row in rows]
+
+    def scores(self) -> list[list[float]]:
+        """Their scores; a single candidate is the worst without one."""
+        if self.source.num_candidates == 1:
+            return [[0.0]] * len(self.chosen.prompts)
+        return [row["scores"] for row in artifacts.read_jsonl(self._scores)]
+
+    def _sample(self, model: PreTrainedModel) -> None:
+        candidates = on_policy.sample(model, self.shelf.tokenizer, self.source, self.seed)
+        self._write(self._candidates, "tokens", candidates)
+
+    def _score(self, model: PreTrainedModel) -> None:
+        candidates = [row["tokens"] for row in artifacts.read_jsonl(self._candidates)]
+        scores = on_policy.score(model, self.shelf.tokenizer, self.source, candidates)
+        self._write(self._scores, "scores", scores)
+
+    def _write(self, path: Path, name: str, values: Sequence[object]) -> None:
         if distributed.is_main():
-            rows = [{"answer": text} for text in _texts(tokenizer, ids)]
-            artifacts.write_jsonl(files.chosen, rows)
-
-    return make
-
-
-def candidates_maker(
-    source: OnPolicy, tokenizer: PreTrainedTokenizerBase, files: AnswerFiles, seed: int
-) -> Callable[[PreTrainedModel], None]:
-    """Write the samples of the abliterated model."""
-
-    def make(model: PreTrainedModel) -> None:
-        candidates = on_policy.sample(model, tokenizer, source, seed)
-        if distributed.is_main():
-            rows = [{"answers": _texts(tokenizer, ids), "tokens": ids} for ids in candidates]
-            artifacts.write_jsonl(files.candidates, rows)
-
-    return make
-
-
-def scores_maker(
-    source: OnPolicy, tokenizer: PreTrainedTokenizerBase, files: AnswerFiles
-) -> Callable[[PreTrainedModel], None]:
-    """Write how likely the original finds them."""
-
-    def make(model: PreTrainedModel) -> None:
-        candidates = [row["tokens"] for row in artifacts.read_jsonl(files.candidates)]
-        scores = on_policy.score(model, tokenizer, source, candidates)
-        if distributed.is_main():
-            artifacts.write_jsonl(files.scores, [{"scores": row} for row in scores])
-
-    return make
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            artifacts.write_jsonl(path, [{name: value} for value in values])
 
 
 class Screen:
@@ -113,25 +119,27 @@ class Screen:
     def __init__(
         self,
         recipe: Recipe,
-        work: Path,
+        shelf: Shelf,
         ablated: Path,
         excluded: frozenset[str],
-        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Take what the filters depend on.
 
         Args:
             recipe: its `train` section.
-            work: folder of the pieces.
+            shelf: of what the models say.
             ablated: folder of stage one.
             excluded: normalized questions of the benchmarks.
-            tokenizer: of all models.
         """
         self.settings, self.sources = recipe.train.filters, recipe.train.preferences
-        self.work, self.ablated, self.excluded = work, ablated, excluded
-        self.tokenizer = tokenizer
-        self.path = work / "refusal-probe.json"
-        self._is_overlong = fills(tokenizer, _row_length(recipe))
+        self.ablated, self.excluded, self.tokenizer = ablated, excluded, shelf.tokenizer
+        self.own_answers = {
+            index: OwnAnswers(source, shelf, recipe.seed)
+            for index, source in enumerate(self.sources)
+            if isinstance(source, OnPolicy)
+        }
+        self._shelf, self._max_length = shelf, _row_length(recipe)
+        self._is_overlong = fills(shelf.tokenizer, self._max_length)
         self._by_source: dict[int, tuple[list[Pair], dict[str, int]]] = {}
 
     def pairs(self, index: int) -> tuple[list[Pair], dict[str, int], str]:
@@ -159,6 +167,7 @@ class Screen:
             for index in range(len(self.sources))
         ]
         if distributed.is_main():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             artifacts.write_json(self.path, {"limit": limit.as_data(), "scores": scores})
             logger.info(
                 "train: answers above %.3g along the removed direction count as refusals (balanced accuracy %.3f on "
@@ -168,6 +177,33 @@ class Screen:
                 limit.num_refused,
                 limit.num_answered,
             )
+
+    def pieces(self) -> list[Piece]:
+        """The files that the models make for the pairs."""
+        pieces = [piece for own in self.own_answers.values() for piece in own.pieces]
+        if self.settings.direction:  # behind the scores, which decide what is rejected
+            pieces.append(Piece(self.path, "original", self.make, is_last=True))
+        return pieces
+
+    @cached_property
+    def path(self) -> Path:
+        """Where the filter by the direction keeps its limit and scores."""
+        files = [self.ablated / name for name in ("edit.safetensors", "baseline.jsonl")]
+        depends = {
+            "stage one": artifacts.hash_files([file for file in files if file.is_file()]),
+            "filters": self.settings.model_dump(mode="json"),
+            "max_length": self._max_length,
+            "sources": [
+                on_policy.inputs(source, self.excluded)
+                if isinstance(source, OnPolicy)
+                else dataset.inputs(source, self.excluded)
+                for source in self.sources
+            ],
+            "answers": [
+                piece.path.name for own in self.own_answers.values() for piece in own.pieces
+            ],
+        }
+        return self._shelf.path("refusal-probe", "original", depends, ".json")
 
     def _judge(self, index: int) -> Judge:
         found = json.loads(self.path.read_text(encoding="utf-8"))["scores"][index]
@@ -195,10 +231,10 @@ class Screen:
         source = self.sources[index]
         if not isinstance(source, OnPolicy):
             return dataset.load(source), {}
-        files = AnswerFiles(self.work, index)
-        chosen = [row["answer"] for row in artifacts.read_jsonl(files.chosen)]
-        scores = files.read_scores(source)
-        return on_policy.pair(on_policy.questions(source), chosen, files.read_candidates(), scores)
+        own = self.own_answers[index]
+        return on_policy.pair(
+            on_policy.questions(source), own.chosen.texts(), own.candidates(), own.scores()
+        )
 
 
 def _row_length(recipe: Recipe) -> int | None:
@@ -209,8 +245,10 @@ def _row_length(recipe: Recipe) -> int | None:
     return int(length) if length is not None and mode == "keep_start" else None
 
 
-def mix(recipe: Recipe, screen: Screen) -> tuple[list[Pair], dict[str, dict[str, int]]]:
-    """The pairs of all sources, filtered, capped and weighted."""
+def mix(
+    recipe: Recipe, screen: Screen, by_damage: DamageAwareMix | None = None
+) -> tuple[list[Pair], dict[str, dict[str, int]]]:
+    """The pairs of all sources, filtered, capped and weighted: by source, and by damage where that is asked for."""
     groups: list[list[Pair]] = []
     counts: dict[str, dict[str, int]] = {}
     for index, source in enumerate(recipe.train.preferences):
@@ -221,9 +259,13 @@ def mix(recipe: Recipe, screen: Screen) -> tuple[list[Pair], dict[str, dict[str,
         groups.append(group)
         counts[name] = count
     weights = [source.weight for source in recipe.train.preferences]
-    drawn = mixture.draw(groups, weights, recipe.seed)
+    if by_damage is None:
+        drawn = mixture.draw(groups, weights, recipe.seed)
+    else:
+        domains = [[pair.domain for pair in group] for group in groups]
+        drawn = by_damage.draw("pairs", groups, domains, weights)
     for count, group in zip(counts.values(), drawn, strict=True):
-        if len(set(weights)) > 1:
+        if len(set(weights)) > 1 or by_damage is not None:
             count["drawn"] = len(group)
     if distributed.is_main():
         for name, count in counts.items():

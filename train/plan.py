@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from math import ceil
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from common import chat, distributed
 from common.architecture import find_blocks
-from common.model import auto_class, load_config, load_tokenizer, resolve, weight_files
+from common.model import load_config, load_tokenizer, resolve, weight_files
 from common.prompts import load_prompts
 from common.recipe import OnPolicy, Recipe
-from train import settings, stopping
-from train.adapter import build_adapter
+from train import damage, settings, stopping
+from train.adapter import build_adapter, without_weights
 from train.launch import Strategy, launch_strategy
 from train.memory import TILES_OF_TORCH, TILES_OF_TRITON, Shape, training_memory
 from train.stage import source_module
@@ -53,6 +53,12 @@ def _details(recipe: Recipe) -> Iterator[str]:
     yield f"pairs         at most {pairs}, {batch} a step, {_num_steps(recipe, pairs)} steps"
     for anchor in recipe.train.anchors:
         yield f"anchor        to the {anchor.to} model, {anchor.batch_size} prompts a step, weight {anchor.weight:g}"
+    if (mix := recipe.train.mix) is not None:
+        asked = len(damage.prompts_used(mix))
+        yield (
+            f"mix           by what the edit damages, after {asked} questions: {mix.floor:.0%} to {mix.cap:.0%} for a "
+            "domain"
+        )
     if recipe.train.stopping is not None:
         asked = len(stopping.prompts_used(recipe.train.stopping))
         yield f"stopping      {asked} prompts are answered every {recipe.train.stopping.every} steps"
@@ -60,6 +66,8 @@ def _details(recipe: Recipe) -> Iterator[str]:
     if recipe.train.load_in_4bit:
         yield "adapter       trained on weights in 4 bits, merged into the full-precision ones"
     yield f"disk          about {disk_bytes(recipe) / GIB:.2f} GiB"
+    if recipe.release.push_to_hub is not None:
+        yield f"upload        to {recipe.release.push_to_hub} on the hub, private, once every gate has passed"
 
 
 def disk_bytes(recipe: Recipe) -> int:
@@ -115,9 +123,8 @@ def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
 
 def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:
     """What of a recipe and its model's configuration decides memory, without loading a weight."""
-    config = load_config(resolve(recipe.model.name_or_path, recipe.model.revision))
-    with init_empty_weights():
-        model: PreTrainedModel = auto_class(config).from_config(config)
+    model = without_weights(recipe)
+    config: Any = model.config  # each family has a class of its own
     text = config.get_text_config()  # of a vision-language model, the part that holds the layers
     stored = config.dtype or text.dtype or torch.float32
     dtype = stored if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)

@@ -20,11 +20,12 @@ from common import artifacts, distributed
 from common.artifacts import Stopwatch
 from common.edits import SIDECAR, load_edit
 from common.errors import InputError
-from common.model import identity_files, load_model, load_tokenizer, tokenizer_files
-from common.prompts import check_prompts, load_prompts
-from common.recipe import Recipe, Stopping
+from common.model import check_model, load_model, load_tokenizer, resolve, tokenizer_files
+from common.prompts import load_prompts
+from common.questions import check_questions, load_questions
+from common.recipe import QuickQuestions, Recipe
 from common.tracking import tracking_mode
-from train import pairs, settings, stopping
+from train import constraint, damage, pairs, settings, stopping
 from train.adapter import (
     answer_logits,
     build_adapter,
@@ -36,15 +37,18 @@ from train.adapter import (
 )
 from train.anchors import AnchorBatches
 from train.constraint import keep_ablated
+from train.damage import DamageAwareMix
 from train.launch import launch_strategy
 from train.material import Material, prepare
 from train.progress import StepBar
 from train.pull import distance_from
+from train.quick import QuickEvaluation
 from train.references import References
-from train.stopping import Baseline, QuickEvaluation, StopWhenHealed
+from train.shelf import Shelf, shelf_of
+from train.stopping import Baseline, StopWhenHealed
 from train.trainer import HealingTrainer, WeightedAnchor
 
-VERSION = 3
+VERSION = 4
 # Settings of the trainer that change what is written down or how fast, and never the result.
 NO_INFLUENCE = frozenset(
     {
@@ -84,7 +88,7 @@ def check(recipe: Recipe) -> list[str]:
         problems += source_module(source.name).check(source, f"train.preferences[{index}]")
     problems += pairs.check(recipe)
     for index, anchor in enumerate(recipe.train.anchors):
-        problems += check_prompts(anchor.prompts, f"train.anchors[{index}].prompts")
+        problems += check_questions(anchor.prompts, f"train.anchors[{index}].prompts")
     try:
         settings.share_batch(
             recipe.train.global_batch_size,
@@ -94,6 +98,9 @@ def check(recipe: Recipe) -> list[str]:
     except InputError as error:
         problems.append(str(error))
     # What cannot be loaded has been told; what can is compared.
+    problems += damage.check(recipe) if not problems else []
+    if not problems and not check_model(resolve(recipe.model.name_or_path, recipe.model.revision)):
+        problems += constraint.check(recipe)
     problems += stopping.check(recipe, [] if problems else _trained_on(recipe))
     return problems
 
@@ -126,7 +133,7 @@ def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
     section = recipe.train
     return {
         "settings": section.model_dump(
-            mode="json", exclude={"preferences", "anchors", "trainer", "stopping"}
+            mode="json", exclude={"preferences", "anchors", "trainer", "mix", "stopping"}
         ),
         "trainer": {
             key: value for key, value in section.trainer.items() if key not in NO_INFLUENCE
@@ -138,16 +145,23 @@ def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
             {
                 **anchor.model_dump(mode="json", exclude={"prompts"}),
                 "prompts": artifacts.hash_data(load_prompts(anchor.prompts)),
+                "domains": artifacts.hash_data([q.domain for q in load_questions(anchor.prompts)]),
             }
             for anchor in section.anchors
         ],
+        "mix": damage.inputs(section.mix),
         "stopping": stopping.inputs(section.stopping),
     }
 
 
 def prompts_used(recipe: Recipe) -> list[str]:
-    """Every prompt that training takes or is stopped by, for the overlap check against the benchmarks."""
-    return [*_trained_on(recipe), *stopping.prompts_used(recipe.train.stopping)]
+    """Every prompt that training takes, is mixed or stopped by, for the overlap check against the benchmarks."""
+    section = recipe.train
+    return [
+        *_trained_on(recipe),
+        *damage.prompts_used(section.mix),
+        *stopping.prompts_used(section.stopping),
+    ]
 
 
 def _trained_on(recipe: Recipe) -> list[str]:
@@ -163,8 +177,9 @@ def run(
     upstream: Mapping[str, Path],
     tracker: wandb.Run,
     excluded: frozenset[str],
-    quick: Callable[[Stopping, int], QuickEvaluation],
-) -> None:
+    quick: Callable[[QuickQuestions, int], QuickEvaluation],
+    observe: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> dict[str, Any]:
     """Make the material, train, and save the adapter or model.
 
     Args:
@@ -173,46 +188,47 @@ def run(
         upstream: folders of finished stages.
         tracker: this stage's wandb run; trl's metrics go there too.
         excluded: normalized questions of the benchmarks: pairs about them are dropped.
-        quick: stage three's quick evaluation, made from `train.stopping` and the seed.
+        quick: stage three's quick evaluation, made from `train.mix` or `train.stopping` and the seed.
+        observe: told step and scores of every evaluation of `train.stopping`; what it raises ends training.
+
+    Returns:
+        What belongs into the manifest: the damage-aware mix as it was chosen, where there is one.
     """
     watch = Stopwatch()
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
-    baseline = _baseline(recipe, work, upstream, quick)
-    material = prepare(recipe, work, upstream, excluded, baseline.pieces if baseline else ())
+    base = upstream["abliteration"] / "model"
+    shelf = shelf_of(recipe, base, load_tokenizer(base))
+    by_damage = baseline = None
+    if (mix := recipe.train.mix) is not None:
+        by_damage = DamageAwareMix(mix, quick(mix, recipe.seed), shelf, recipe.seed)
+    if (halt := recipe.train.stopping) is not None:
+        baseline = Baseline(halt, quick(halt, recipe.seed), shelf)
+    more = baseline.pieces if baseline is not None else ()
+    material = prepare(recipe, shelf, upstream, excluded, more, by_damage)
+    chosen = {"mix": by_damage.record()} if by_damage is not None else {}
     if distributed.is_main():
         artifacts.write_jsonl(folder / "pairs.jsonl", [pair.as_row() for pair in material.pairs])
     distributed.barrier()
 
-    trainer = _build_trainer(recipe, folder, upstream, material)
-    stopper = StopWhenHealed(baseline, trainer.log, work, watch) if baseline else None
+    trainer = _build_trainer(recipe, folder, upstream, material, shelf)
+    stopper = StopWhenHealed(baseline, trainer.log, work, watch, observe) if baseline else None
     if stopper is not None:
         trainer.add_callback(stopper)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
-    save(trainer, upstream["abliteration"] / "model", folder)
+    save(trainer, base, folder)
     if recipe.train.adapter is not None and distributed.is_main():
-        _check_merge(recipe, trainer, upstream["abliteration"] / "model", folder / "adapter")
+        _check_merge(recipe, trainer, base, folder / "adapter")
     if distributed.is_main():
-        _record(recipe, trainer, material, folder, tracker, stopper)
+        stopped = {"stopping": stopper.summary()} if stopper is not None else {}
+        _record(recipe, trainer, material, folder, tracker, chosen | stopped)
         shutil.rmtree(work)
     distributed.barrier()
-
-
-def _baseline(
-    recipe: Recipe,
-    work: Path,
-    upstream: Mapping[str, Path],
-    quick: Callable[[Stopping, int], QuickEvaluation],
-) -> Baseline | None:
-    settings = recipe.train.stopping
-    if settings is None:
-        return None
-    tokenizer = load_tokenizer(upstream["abliteration"] / "model")
-    return Baseline(settings, quick(settings, recipe.seed), tokenizer, work)
+    return chosen
 
 
 def _build_trainer(
-    recipe: Recipe, folder: Path, upstream: Mapping[str, Path], material: Material
+    recipe: Recipe, folder: Path, upstream: Mapping[str, Path], material: Material, shelf: Shelf
 ) -> HealingTrainer:
     base = upstream["abliteration"] / "model"
     model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
@@ -237,7 +253,7 @@ def _build_trainer(
         else None,
         anchors=_weighted_anchors(recipe, material),
         share_prompts=recipe.train.engine == "shared",
-        references=_references(recipe, base),
+        references=_references(recipe, shelf),
     )
     keep_ablated(trainer, edit, recipe.train.keep_ablated)
     if recipe.train.l2 is not None:
@@ -251,22 +267,15 @@ def _build_trainer(
     return trainer
 
 
-def _references(recipe: Recipe, base: Path) -> References:
+def _references(recipe: Recipe, shelf: Shelf) -> References:
     """The folder of what was computed under this reference, by whomever: see `train.references`."""
-    store = artifacts.Store(Path(recipe.output_dir))
     trainer = recipe.train.trainer
-    files = identity_files(base)
-    model = distributed.broadcast(store.hash_of_files(files) if distributed.is_main() else "")
-    key = artifacts.hash_data(
-        {
-            "model": model,
-            "dtype": recipe.model.dtype,
-            "engine": recipe.train.engine,
-            **{name: trainer.get(name) for name in ("bf16", "fp16", "ld_alpha")},
-            "load_in_4bit": recipe.train.load_in_4bit,
-        }
-    )
-    return References(store.root / "references" / key[:24])
+    depends = {
+        "engine": recipe.train.engine,
+        **{name: trainer.get(name) for name in ("bf16", "fp16", "ld_alpha")},
+        "load_in_4bit": recipe.train.load_in_4bit,
+    }
+    return References(shelf.path("references", "abliterated", depends))
 
 
 def _dataset(folder: Path) -> datasets.Dataset:
@@ -357,7 +366,7 @@ def _record(
     material: Material,
     folder: Path,
     tracker: wandb.Run,
-    stopper: StopWhenHealed | None,
+    more: Mapping[str, Any],
 ) -> None:
     history = trainer.state.log_history
     artifacts.write_jsonl(folder / "log.jsonl", history)
@@ -372,9 +381,8 @@ def _record(
         "first": steps[0] if steps else {},
         "last": steps[-1] if steps else {},
         "keep_ablated": recipe.train.keep_ablated,
+        **more,
     }
-    if stopper is not None:
-        summary["stopping"] = stopper.summary()
     artifacts.write_json(folder / "summary.json", summary)
     tracker.summary.update({"pairs": len(material.pairs), "steps": trainer.state.global_step})
     for name, counts in material.counts.items():

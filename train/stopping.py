@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,30 +31,19 @@ from common.errors import StageError
 from common.overlap import shared
 from common.prompts import check_prompts, load_prompts
 from common.questions import check_questions, load_questions
-from common.recipe import Anchor, Recipe, Stopping
-from train.anchors import TeacherRow, anchor_loss, load_rows, save_rows, teach
+from common.recipe import Recipe, Stopping
+from train.anchors import Lessons, TeacherRow, anchor_loss
 from train.launch import launch_strategy
-from train.material import Piece
+from train.quick import QuickEvaluation
+from train.shelf import TEACHERS, Answers, Piece, Shelf
 
 KEY = "train.stopping"
+# Of the original's probabilities at each token, for the divergence from it.
+TOP_K = 64
 
 Scores = Mapping[str, float]
 
 logger = logging.getLogger(__name__)
-
-
-class QuickEvaluation(Protocol):
-    """What stage three offers for this: `eval.quick.QuickEvaluation`."""
-
-    def ask(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
-    ) -> list[str]:
-        """A model's replies to all prompts, on every process."""
-
-    def scores(
-        self, original: Sequence[str], abliterated: Sequence[str], healed: Sequence[str]
-    ) -> dict[str, float]:
-        """`recovery`, `recovery_low`, `recovery_high`, `refusal`, `over_refusal` and more, from the replies."""
 
 
 def check(recipe: Recipe, trained_on: Sequence[str]) -> list[str]:
@@ -132,36 +120,42 @@ class Baseline:
         pieces: the files, for `train.material`.
     """
 
-    def __init__(
-        self,
-        settings: Stopping,
-        quick: QuickEvaluation,
-        tokenizer: PreTrainedTokenizerBase,
-        work: Path,
-    ) -> None:
+    def __init__(self, settings: Stopping, quick: QuickEvaluation, shelf: Shelf) -> None:
         """Name the files.
 
         Args:
             settings: of the recipe.
             quick: asks and scores.
-            tokenizer: of all models.
-            work: the stage's folder for such files.
+            shelf: of what the models say.
         """
-        self.settings, self.quick, self.tokenizer = settings, quick, tokenizer
-        self._rows = work / "quick-harmless.safetensors"
-        self._original = work / "quick-original.json"
-        self._abliterated = work / "quick-abliterated.json"
+        self.settings, self.quick, self.tokenizer = settings, quick, shelf.tokenizer
+        self._original, self._abliterated = (
+            [
+                Answers(
+                    shelf,
+                    teacher,
+                    prompts,
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=settings.batch_size,
+                )
+                for prompts in _prompts(settings).values()
+            ]
+            for teacher in TEACHERS
+        )
+        self._lessons = Lessons(self._original[-1], TOP_K)
+        depends = {**self._lessons.answers.depends, "answers": self._lessons.path.name}
+        self._kl = shelf.path("divergence", "abliterated", depends, ".json")
         # In this order: the abliterated model's divergence is measured on the original's answers.
         self.pieces = [
-            Piece(self._rows, "original", self._teach),
-            Piece(self._original, "original", self._ask_original),
-            Piece(self._abliterated, "abliterated", self._ask_abliterated),
+            *(answers.piece for answers in self._original),
+            *self._lessons.pieces,
+            *(answers.piece for answers in self._abliterated),
+            Piece(self._kl, "abliterated", self._measure),
         ]
 
     def start(self) -> dict[str, float]:
         """The scores before the first step: those of the abliterated model."""
-        found = _read(self._abliterated)
-        return self._scores(found["replies"], found["kl"])
+        return self._scores(_replies(self._abliterated), _read(self._kl)["kl"])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The scores of the model as it is, with `kl`: the divergence KL(original || model) per token, in nats."""
@@ -171,36 +165,19 @@ class Baseline:
         return self._scores(replies, self._divergence(whole))
 
     def _scores(self, replies: Sequence[str], kl: float) -> dict[str, float]:
-        original, abliterated = (
-            _read(path)["replies"] for path in (self._original, self._abliterated)
-        )
+        original, abliterated = _replies(self._original), _replies(self._abliterated)
         scores = self.quick.scores(original, abliterated, replies)
         # One decision on every process, whatever the last digits of each.
         return distributed.broadcast({**scores, "kl": kl})
 
-    def _teach(self, model: PreTrainedModel) -> None:
-        settings = self.settings
-        anchor = Anchor(
-            to="original", prompts=settings.harmless, max_new_tokens=settings.max_new_tokens
-        )
-        prompts = load_prompts(settings.harmless)
-        rows = teach(model, self.tokenizer, prompts, anchor, settings.batch_size)
-        if distributed.is_main():
-            save_rows(rows, self._rows)
-
-    def _ask_original(self, model: PreTrainedModel) -> None:
-        replies = self.quick.ask(model, self.tokenizer, "quick evaluation of the original model")
-        if distributed.is_main():
-            artifacts.write_json(self._original, {"replies": replies})
-
-    def _ask_abliterated(self, model: PreTrainedModel) -> None:
-        replies = self.quick.ask(model, self.tokenizer, "quick evaluation of the abliterated model")
+    def _measure(self, model: PreTrainedModel) -> None:
         kl = self._divergence(model)
         if distributed.is_main():
-            artifacts.write_json(self._abliterated, {"replies": replies, "kl": kl})
+            self._kl.parent.mkdir(parents=True, exist_ok=True)
+            artifacts.write_json(self._kl, {"kl": kl})
 
     def _divergence(self, model: PreTrainedModel) -> float:
-        rows = load_rows(self._rows)
+        rows = self._lessons.rows()
         pad_id = int(self.tokenizer.pad_token_id)
         lengths = [len(row.prompt) + len(row.answer) for row in rows]
         groups = [
@@ -226,6 +203,7 @@ class StopWhenHealed(TrainerCallback, ExportableState):
         log: Callable[[dict[str, float]], None],
         folder: Path,
         watch: Stopwatch,
+        observe: Callable[[int, Scores], None] | None = None,
     ) -> None:
         """Take what to compare with, and where to write.
 
@@ -234,8 +212,9 @@ class StopWhenHealed(TrainerCallback, ExportableState):
             log: the trainer's.
             folder: for the best weights.
             watch: running since the stage began.
+            observe: told step and scores of each evaluation, on every process; what it raises ends training.
         """
-        self.baseline, self.settings = baseline, baseline.settings
+        self.baseline, self.settings, self.observe = baseline, baseline.settings, observe
         self.log, self.folder, self.watch = log, folder, watch
         self.best: dict[str, float] | None = None
         self.misses = 0
@@ -371,6 +350,8 @@ class StopWhenHealed(TrainerCallback, ExportableState):
             self.reason = f"no new best in {self.misses} quick evaluations"
         self.seconds_evaluating += self.watch.seconds - began
         self._log(model, step, scores, ", the best so far" if is_best else "")
+        if self.observe is not None:
+            self.observe(step, scores)
 
     def _holds_limits(self, scores: Scores) -> bool:
         return (
@@ -404,6 +385,11 @@ class StopWhenHealed(TrainerCallback, ExportableState):
         )
         model.train(was_training)
         _tell("train: step %d, %.0f s: %s%s", step, self.seconds, _in_words(scores), remark)
+
+
+def _replies(answers: Sequence[Answers]) -> list[str]:
+    """To all prompts, in the order in which a quick evaluation asks them."""
+    return [text for own in answers for text in own.texts()]
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Read: `prompt`, `chosen` and `rejected` as texts or as lists of messages; `chosen` and `rejected` as whole
 conversations, with or without a prompt beside them (orpo-dpo-mix-40k has the prompt as a text and the answers as
-conversations, on which trl fails).
+conversations, on which trl fails). And instruction data: one answer or one conversation, and nothing to reject.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,21 +65,29 @@ def load(source: PreferenceDataset) -> list[Pair]:
 
 
 def _pair_of(row: Mapping[str, Any], columns: Columns, name: str, domain: str | None) -> Pair:
-    missing = [column for column in (columns.chosen, columns.rejected) if row.get(column) is None]
+    named = [column for column in (columns.chosen, columns.rejected) if column is not None]
+    missing = [column for column in named if row.get(column) is None]
     if missing:
         raise ValueError(
             f"no column {' and '.join(map(repr, missing))} (found: {', '.join(row)}); name the columns in "
             "train.preferences[..].columns"
         )
-    chosen, rejected = _turns(row[columns.chosen]), _turns(row[columns.rejected])
     prompt = _prompt_turns(row, columns)
-    if chosen[0][0] != "assistant" or rejected[0][0] != "assistant":
+    chosen, *others = (_turns(row[column]) for column in named)
+    if any(answer[0][0] != "assistant" for answer in (chosen, *others)):
         # Whole conversations: what they share is the prompt, and a text prompt beside them repeats part of it.
-        prompt, chosen, rejected = _split(chosen, rejected)
+        prompt, chosen, *others = _split(chosen, *others) if others else _last_answer(chosen)
     if not prompt or prompt[-1][0] != "user":
         raise ValueError("there is no user turn before the answers; a pair needs a prompt")
     # Only the first differing answer is compared: what follows it would be user turns, which nobody should learn.
-    return Pair(tuple(prompt), chosen[0][1], rejected[0][1], name, _domain(row, columns) or domain)
+    rejected = others[0][0][1] if others else ""
+    return Pair(tuple(prompt), chosen[0][1], rejected, name, _domain(row, columns) or domain)
+
+
+def _last_answer(conversation: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    if conversation[-1][0] != "assistant":
+        raise ValueError("the conversation does not end in an answer")
+    return conversation[:-1], conversation[-1:]
 
 
 def _domain(row: Mapping[str, Any], columns: Columns) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.divergence import kl_divergence
-from common.recipe import Anchor, PromptSource
+from tests.training import taught
 from train.anchors import (
     AnchorBatches,
     TeacherRow,
@@ -18,16 +18,10 @@ from train.anchors import (
     anchored_divergence,
     load_rows,
     save_rows,
-    teach,
 )
 
 PROMPTS = ["a", "How is the thing made?", "the other one", "x y"]
 CPU = torch.device("cpu")
-
-
-def _anchor(**changes):
-    settings = {"to": "original", "prompts": PromptSource(path="p.txt"), "max_new_tokens": 6}
-    return Anchor(**{**settings, **changes})
 
 
 def _logits(seed, scale=2.0, tokens=20, vocab=50):
@@ -51,7 +45,7 @@ def student(build_model):
 
 @pytest.fixture(scope="module")
 def rows(teacher, tokenizer):
-    return teach(teacher, tokenizer, PROMPTS, _anchor(top_k=280), batch_size=3)
+    return taught(teacher, tokenizer, PROMPTS, top_k=280, max_new_tokens=6, batch_size=3)
 
 
 def test_with_the_whole_vocabulary_the_divergence_is_the_exact_kl():
@@ -132,10 +126,10 @@ def test_certain_models_give_finite_numbers_and_gradients(scale):
 
 def test_a_teacher_answers_greedily_and_says_where_it_ended(teacher, tokenizer):
     ended = copy.deepcopy(teacher)
-    full = teach(teacher, tokenizer, PROMPTS, _anchor(top_k=5), batch_size=3)
+    full = taught(teacher, tokenizer, PROMPTS, top_k=5, max_new_tokens=6, batch_size=3)
     assert [len(row.answer) for row in full] == [6] * 4
     ended.generation_config.eos_token_id = full[0].answer[2]
-    first = teach(ended, tokenizer, PROMPTS, _anchor(top_k=5), batch_size=3)[0]
+    first = taught(ended, tokenizer, PROMPTS, top_k=5, max_new_tokens=6, batch_size=3)[0]
     cut = full[0].answer.index(full[0].answer[2])
     assert first.answer[:cut] == full[0].answer[:cut]
     assert len(first.answer) == cut + 1, "the end itself is a position to hold"
@@ -154,7 +148,7 @@ def test_the_kept_distributions_are_the_teachers_at_every_answer_token(teacher, 
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all_of_it(teacher, tokenizer, rows):
-    more = teach(teacher, tokenizer, PROMPTS, _anchor(top_k=10_000), batch_size=3)
+    more = taught(teacher, tokenizer, PROMPTS, top_k=10_000, max_new_tokens=6, batch_size=3)
     assert [row.top_ids.shape[-1] for row in more] == [280] * 4
 
 

@@ -15,7 +15,9 @@ from common.architecture import find_writers
 from common.edits import Removal, apply_to_weights, component_along
 from common.errors import StageError
 from common.hooks import add_for_good
+from common.recipe import Recipe
 from tests.editing import edit_of
+from train import constraint
 from train.adapter import build_adapter
 from train.constraint import (
     KeepAblated,
@@ -23,6 +25,7 @@ from train.constraint import (
     hold_norms,
 )
 from train.drift import lora_drifts, residual
+from train.launch import Strategy
 
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 OTHER = torch.randn(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -377,3 +380,83 @@ def test_parameters_of_which_a_process_holds_a_part_are_refused(adapter, abliter
     with pytest.raises(StageError, match=r"cannot project sharded parameters .*FSDP 2"):
         KeepAblated(drifts).on_optimizer_step(None, None, None)
     assert math.isnan(residual(drifts)), "what is only watched stops nothing"
+
+
+@pytest.fixture
+def recipe_for(build_model, tokenizer, tmp_path):
+    """A recipe over a model folder without weights."""
+
+    def make(family="llama", **train):
+        build_model(family).config.save_pretrained(tmp_path / family)
+        source = {"path": str(tmp_path / "prompts.txt")}
+        panel = {"name": "refusal", "panel": "p", "prompts": source, "harmless": True}
+        return Recipe.model_validate(
+            {
+                "name": "mini",
+                "model": {"name_or_path": str(tmp_path / family)},
+                "abliteration": {
+                    "prompts": {"harmful": source, "harmless": {**source, "slice": "1:"}}
+                },
+                "train": {"preferences": [{"name": "on_policy", "prompts": source}], **train},
+                "eval": {"benchmarks": [panel]},
+            }
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"use_dora": True}, "DoRA rescales the rows of model.layers.0.self_attn.o_proj"),
+        ({"modules_to_save": ["embed_tokens"]}, "the adapter trains .*embed_tokens"),
+        ({"use_dora": True, "target_modules": ["q_proj", "v_proj"]}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_what_no_projection_can_hold_is_told_before_weights_are_loaded(
+    adapter, message, recipe_for
+):
+    problems = constraint.check(recipe_for(adapter=adapter))
+    if message is None:
+        assert problems == []
+    else:
+        assert re.match(
+            rf"train\.keep_ablated: {message}.*or set train.keep_ablated to none", problems[0]
+        )
+    assert constraint.check(recipe_for(adapter=adapter, keep_ablated="none")) == []
+
+
+@pytest.mark.parametrize("family", ["llama", *EXPERTS, "gemma3"])
+def test_the_check_says_what_training_would(family, recipe_for, abliterated):
+    for adapter in ({"r": 4}, {"r": 4, "use_dora": True, "target_modules": ["o_proj"]}):
+        model, edit = abliterated(family)
+        _, due = find_drifts(get_peft_model(model, build_adapter(adapter)), edit)
+        found = constraint.check(recipe_for(family, adapter=adapter))
+        assert bool(found) == bool(due)
+        assert all(due[0] in problem for problem in found)
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+@pytest.mark.parametrize(
+    ("strategy", "refused"),
+    [
+        (Strategy("ZeRO-3", 2, True, True, True), True),
+        (Strategy("FSDP1", 2, True, True, True), True),
+        (Strategy("FSDP2", 2, True, True, True), False),
+        (Strategy("ZeRO-2", 2, False, True, True), False),
+        (Strategy("DDP", 2), False),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_launches_that_flatten_parameters_are_refused(
+    strategy, refused, mode, recipe_for, monkeypatch
+):
+    monkeypatch.setattr(constraint, "launch_strategy", lambda: strategy)
+    problems = constraint.check(recipe_for(keep_ablated=mode))
+    assert bool(problems) == refused
+    if refused:
+        assert problems[0].startswith(f"train.keep_ablated: {mode} cannot see")
+        assert strategy.name in problems[0]
+    assert constraint.check(recipe_for(keep_ablated="none")) == []

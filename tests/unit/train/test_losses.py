@@ -45,18 +45,18 @@ def model(build_model):
 @pytest.fixture
 def train(model, tokenizer, tmp_path):
     """Train a copy of the model for two steps; gives the log and the trainer."""
-    pairs = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": f"question {n}" + " x" * (n % 4)}],
-                "chosen": [{"role": "assistant", "content": "good" + " yes" * (n % 3)}],
-                "rejected": [{"role": "assistant", "content": "bad" + " no" * (n % 5)}],
-            }
-            for n in range(4)
-        ]
-    )
 
-    def run(**settings):
+    def run(worse="bad", share_prompts=True, **settings):
+        pairs = Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": "user", "content": f"question {n}" + " x" * (n % 4)}],
+                    "chosen": [{"role": "assistant", "content": "good" + " yes" * (n % 3)}],
+                    "rejected": [{"role": "assistant", "content": worse and worse + " no" * n}],
+                }
+                for n in range(4)
+            ]
+        )
         torch.manual_seed(0)
         trainer = HealingTrainer(
             model=copy.deepcopy(model),
@@ -64,6 +64,7 @@ def train(model, tokenizer, tmp_path):
             train_dataset=pairs,
             processing_class=tokenizer,
             peft_config=build_adapter({"r": 4, "lora_alpha": 8}),
+            share_prompts=share_prompts,
         )
         trainer.train()
         return [entry for entry in trainer.state.log_history if "loss" in entry], trainer
@@ -102,3 +103,16 @@ def test_the_likelihood_of_the_chosen_answers_alone_is_plain_fine_tuning(train):
         ]
     assert entries[0]["loss"] == pytest.approx(-float(torch.cat(logps).mean()), rel=1e-4)
     assert entries[-1]["loss"] < 0.95 * entries[0]["loss"]
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_without_a_worse_answer_fine_tuning_is_the_same(engine, train):
+    settings = {"loss_type": ["sft"], "max_steps": 4, "share_prompts": engine == "shared"}
+    paired, first = train(**settings)
+    alone, second = train(worse="", **settings)
+    assert [entry["loss"] for entry in alone] == pytest.approx(
+        [entry["loss"] for entry in paired], rel=1e-4
+    )
+    weights = dict(first.model.named_parameters())
+    for name, parameter in second.model.named_parameters():
+        torch.testing.assert_close(parameter, weights[name], rtol=1e-3, atol=1e-5)

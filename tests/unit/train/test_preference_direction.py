@@ -16,6 +16,7 @@ from common.errors import StageError
 from common.recipe import Recipe
 from common.refusal import is_refusal
 from tests.editing import edit_of, vector
+from tests.training import shelf_in
 from train import pairs, refusal_probe
 from train.refusal_probe import FIRST_TOKENS, calibrate, find_limit, project
 
@@ -159,7 +160,8 @@ def screen_of(model, tokenizer, stage_one, planted, tmp_path):
                 "eval": {"benchmarks": [panel]},
             }
         )
-        screen = pairs.Screen(recipe, tmp_path, stage_one(planted), frozenset(), tokenizer)
+        shelf = shelf_in(tmp_path, tokenizer)
+        screen = pairs.Screen(recipe, shelf, stage_one(planted), frozenset())
         screen.make(model)
         return screen
 

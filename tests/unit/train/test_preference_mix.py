@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from common.errors import StageError
 from common.recipe import Filters, Recipe
 from tests.conftest import TEMPLATE
+from tests.training import shelf_in
 from train import pairs, stage
 from train.mixture import cap, draw, num_drawn
 from train.preferences.filters import Pair, fills, filter_pairs
@@ -109,7 +110,7 @@ def mix(make_recipe, tokenizer, tmp_path):
 
     def run(*sources, excluded=frozenset(), **train):
         recipe = make_recipe(*sources, **train)
-        screen = pairs.Screen(recipe, tmp_path, tmp_path, excluded, tokenizer)
+        screen = pairs.Screen(recipe, shelf_in(tmp_path, tokenizer), tmp_path, excluded)
         return pairs.mix(recipe, screen)
 
     return run
@@ -148,7 +149,7 @@ def test_the_seed_decides_what_a_cap_keeps(make_recipe, tokenizer, tmp_path):
     def kept(seed):
         recipe = make_recipe((_rows("a", 30), {"cap": 5}))
         recipe = recipe.model_copy(update={"seed": seed})
-        screen = pairs.Screen(recipe, tmp_path, tmp_path, frozenset(), tokenizer)
+        screen = pairs.Screen(recipe, shelf_in(tmp_path, tokenizer), tmp_path, frozenset())
         return pairs.mix(recipe, screen)[0]
 
     assert kept(0) == kept(0)
@@ -176,6 +177,16 @@ def test_a_filter_that_needs_answers_of_stage_one_is_refused_where_it_asks_for_n
     assert problem.startswith("train.filters.direction: needs the original's answers")
     del data["train"]["filters"]
     assert pairs.check(Recipe.model_validate(data)) == []
+
+
+def test_answers_without_a_worse_one_are_refused_beside_a_loss_that_compares(make_recipe):
+    instructions = ([{"prompt": "p", "chosen": "good"}], {"columns": {"rejected": None}})
+    (problem,) = pairs.check(make_recipe((_rows("a", 1), {}), instructions))
+    assert problem.startswith("train.preferences[1].columns.rejected: is null, and sigmoid comp")
+    both = {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 1.0]}
+    (problem,) = pairs.check(make_recipe(instructions, trainer=both))
+    assert "is null, and ipo compares" in problem
+    assert pairs.check(make_recipe(instructions, trainer={"loss_type": ["sft"]})) == []
 
 
 def test_a_swap_that_nothing_leads_to_is_refused(make_recipe):

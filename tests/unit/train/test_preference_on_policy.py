@@ -13,7 +13,8 @@ from common import chat, distributed
 from common.generation import generate
 from common.questions import Question
 from common.recipe import Filters, OnPolicy, Recipe
-from train import material, pairs
+from tests.training import shelf_in
+from train import pairs
 from train.preferences import on_policy
 
 
@@ -231,25 +232,24 @@ def test_the_models_make_the_files_in_turn_and_the_worst_ends_up_in_the_pairs(
             "eval": {"benchmarks": [panel]},
         }
     )
-    screen = pairs.Screen(recipe, tmp_path, tmp_path, frozenset(), tokenizer)
-    pieces = material._pieces(recipe, tmp_path, tokenizer, screen)
-    assert [(piece.path.name, piece.teacher, piece.is_last) for piece in pieces] == [
-        ("answers-0.jsonl", "original", False),
-        ("candidates-0.jsonl", "abliterated", False),
-        ("scores-0.jsonl", "original", True),
-        ("refusal-probe.json", "original", True),
+    shelf = shelf_in(tmp_path / "shelf", tokenizer)
+    pieces = pairs.Screen(recipe, shelf, tmp_path, frozenset()).pieces()
+    assert [(piece.path.parent.name, piece.teacher, piece.is_last) for piece in pieces] == [
+        ("answers", "original", False),
+        ("candidates", "abliterated", False),
+        ("scores", "original", True),
+        ("refusal-probe", "original", True),
     ]
     other = build_model("llama", seed=1, dtype=torch.float32)
     for piece in pieces[:3]:
         piece.make(model if piece.teacher == "original" else other)
-    files = pairs.AnswerFiles(tmp_path, 0)
     unfiltered = recipe.train.model_copy(update={"filters": Filters()})
     recipe = recipe.model_copy(update={"train": unfiltered})
-    found, _ = pairs.mix(recipe, pairs.Screen(recipe, tmp_path, tmp_path, frozenset(), tokenizer))
+    screen = pairs.Screen(recipe, shelf, tmp_path, frozenset())
+    found, _ = pairs.mix(recipe, screen)
     assert len(found) == 3
-    for pair, texts, scores in zip(
-        found, files.read_candidates(), files.read_scores(source), strict=True
-    ):
+    own = screen.own_answers[0]
+    for pair, texts, scores in zip(found, own.candidates(), own.scores(), strict=True):
         assert len(set(scores)) == 3
         assert pair.rejected == texts[scores.index(min(scores))]
         assert pair.domain == "k"

@@ -323,3 +323,40 @@ def test_what_the_pairs_depend_on_changes_with_content_and_met_benchmarks_only(t
     for change in ({"weight": 2.0}, {"cap": 1}, {"domain": "maths"}):
         assert inputs("a.jsonl", [GOOD], **change) != base
     json.dumps(base)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"chosen": "answer"}, {"prompt": "q", "answer": "good"}),
+        ({"chosen": "answer"}, {"prompt": [_user("q")], "answer": [_assistant("good")]}),
+        ({"chosen": "messages", "prompt": None}, {"messages": [_user("q"), _assistant("good")]}),
+        (
+            {"chosen": "conversations"},
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good"}]},
+        ),
+    ],
+)
+def test_instruction_data_has_nothing_to_reject(columns, row, load):
+    (pair,) = load(row, columns={**columns, "rejected": None})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "q"),), "good", "")
+    kept, counts = filter_pairs([pair, pair], frozenset())
+    assert (kept, counts) == ([pair], {"kept": 1, "duplicate": 1})
+    refusing = {**row, **dict.fromkeys(row.keys() & {"answer"}, REFUSAL)}
+    if refusing != row:
+        pairs = load(refusing, columns={**columns, "rejected": None})
+        assert filter_pairs(pairs, frozenset())[1] == {"chosen refuses": 1}
+
+
+def test_of_a_long_conversation_the_last_answer_is_learnt(load):
+    turns = [_user("a"), _assistant("b"), _user("c"), _assistant("d")]
+    (pair,) = load({"messages": turns}, columns={"chosen": "messages", "rejected": None})
+    assert pair.prompt == (("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert pair.chosen == "d"
+    with pytest.raises(InputError, match="does not end in an answer"):
+        load({"messages": turns[:3]}, columns={"chosen": "messages", "rejected": None})
+
+
+def test_the_columns_of_instruction_data_differ_too():
+    with pytest.raises(ValidationError, match="names one column twice"):
+        Columns(prompt="text", chosen="text", rejected=None)

@@ -15,11 +15,12 @@ from common.artifacts import Stopwatch
 from common.errors import StageError
 from common.generation import generate
 from common.recipe import PromptSource, Questions, Stopping, load_recipe
-from tests.training import settings_of
+from tests.training import settings_of, shelf_in
 from train import run, stage, stopping
 from train.adapter import build_adapter
 from train.anchors import anchored_divergence, load_rows
 from train.launch import Strategy
+from train.shelf import decoded
 from train.stopping import Baseline, StopWhenHealed
 from train.trainer import HealingTrainer
 
@@ -281,18 +282,26 @@ def test_the_baseline_is_made_once_and_divergence_equals_a_plain_one(
     build_model, model, tokenizer, tmp_path
 ):
     quick, settings = Quick(), _settings(tmp_path)
-    baseline = Baseline(settings, quick, tokenizer, tmp_path)
+    shelf = shelf_in(tmp_path, tokenizer)
+    baseline = Baseline(settings, quick, shelf)
     abliterated = build_model("llama", seed=4, dtype=torch.float32)
-    for piece in baseline.pieces:
+    for piece in {piece.path: piece for piece in baseline.pieces}.values():
         assert not piece.path.exists()
         piece.make(model if piece.teacher == "original" else abliterated)
         assert piece.path.exists()
-    assert baseline.start()["made of"] == ("reply 1", "reply 2", "reply 2")
+    prompts = [f"{kind} {n}" for kind in ("questions", "harmful", "harmless") for n in range(3)]
+    first, second = (
+        decoded(tokenizer, generate(one, tokenizer, prompts, max_new_tokens=5, batch_size=9))
+        for one in (model, abliterated)
+    )
+    assert baseline.start()["made of"] == (*first, *second, *second)
+    assert quick.asked == []
     scores = baseline.evaluate(abliterated)
-    assert scores["made of"] == ("reply 1", "reply 2", "reply 3")
+    assert scores["made of"] == (*first, *second, "reply 1")
     assert scores["kl"] == pytest.approx(baseline.start()["kl"], rel=1e-6)
     assert baseline.evaluate(model)["kl"] == pytest.approx(0, abs=1e-5)
-    rows = load_rows(tmp_path / "quick-harmless.safetensors")
+    (path,) = (tmp_path / "anchors").iterdir()
+    rows = load_rows(path)
     assert len(rows) == 3
     total = 0.0
     for row in rows:  # one at a time, without padding

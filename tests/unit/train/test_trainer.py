@@ -15,11 +15,10 @@ from common.chat import NO_THINKING
 from common.edits import SIDECAR, apply_to_weights, component_along, save_edit
 from common.errors import StageError
 from common.model import tokenizer_files
-from common.recipe import Anchor, PromptSource
 from tests.editing import edit_of
-from tests.training import settings_of
+from tests.training import settings_of, taught
 from train.adapter import build_adapter
-from train.anchors import AnchorBatches, anchor_loss, teach
+from train.anchors import AnchorBatches, anchor_loss
 from train.constraint import keep_ablated
 from train.pull import distance_from
 from train.stage import save
@@ -55,9 +54,8 @@ def pairs():
 def rows(build_model, tokenizer):
     """What another model answers, so that the divergence is not zero."""
     teacher = build_model("llama", seed=9, dtype=torch.float32)
-    anchor = Anchor(to="original", prompts=PromptSource(path="p.txt"), max_new_tokens=5, top_k=20)
     prompts = ["a", "the other one", "how is it", "why not", "x y z"]
-    rows = teach(teacher, tokenizer, prompts, anchor, batch_size=5)
+    rows = taught(teacher, tokenizer, prompts, top_k=20, max_new_tokens=5, batch_size=5)
     # Unequal lengths, so that a mean of means would not be the mean over tokens.
     short = rows[0]
     rows[0] = type(short)(short.prompt, short.answer[:2], short.top_ids[:2], short.top_logps[:2])
