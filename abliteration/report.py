@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from abliteration.charts import (
+from common import artifacts, webpage
+from common.charts import (
     GLYPHS,
     Axis,
     Cell,
@@ -24,7 +25,7 @@ from abliteration.charts import (
     parallel,
     square_map,
 )
-from common import artifacts
+from common.webpage import Section
 
 Grid = Sequence[Sequence[float]]
 # Residuals of 0 are drawn here, and the scale begins here at the latest.
@@ -168,18 +169,6 @@ class Report:
         return f"{position} {self.tokens[index]!r}" if self.tokens else str(position)
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: a heading that says what one sees, words, pictures, and the numbers in a table."""
-
-    key: str
-    heading: str
-    words: str
-    pictures: Sequence[str]
-    columns: Sequence[str]
-    rows: Iterable[Sequence[object]]
-
-
 def write(path: Path, report: Report) -> None:
     """Write the page; the same report gives the same bytes."""
     artifacts.write_text(path, page(report))
@@ -188,48 +177,13 @@ def write(path: Path, report: Report) -> None:
 def page(report: Report) -> str:
     """The page as HTML."""
     sections = [*_differences(report), *_scores(report), *_search(report), *_edit(report)]
-    links = "".join(
-        f'<li><a href="#{part.key}">{escape(part.heading)}</a></li>' for part in sections
-    )
+    body = [webpage.html(part) for part in sections]
     title = f"{report.name}: abliteration"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n<header>"
-        f"<h1>{escape(title)}</h1><p>{escape(report.model)}</p>{_facts(report)}"
-        f'<nav aria-label="Pictures"><ol>{links}</ol></nav></header>\n<main>\n'
-        + "\n".join(_html(part) for part in sections)
-        + "\n</main></body></html>\n"
+    header = (
+        f"<header><h1>{escape(title)}</h1><p>{escape(report.model)}</p>{_facts(report)}"
+        f"{webpage.contents(body)}</header>"
     )
-
-
-def _html(part: Section) -> str:
-    pictures = "".join(f"<figure>{picture}</figure>" for picture in part.pictures)
-    return (
-        f'<section id="{part.key}" aria-labelledby="{part.key}-heading">'
-        f'<h2 id="{part.key}-heading">{escape(part.heading)}</h2><p>{escape(part.words)}</p>{pictures}'
-        f"{_table(part)}</section>"
-    )
-
-
-def _table(part: Section) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in part.columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_cell_text(value))}</td>" for value in row) + "</tr>"
-        for row in part.rows
-    )
-    label = escape(f"Numbers: {part.heading}")
-    return (
-        f"<details><summary>The numbers as a table</summary>"
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
-    )
-
-
-def _cell_text(value: object) -> str:
-    if isinstance(value, float):
-        return number(value)
-    return "-" if value is None else str(value)
+    return webpage.page(title, header, body)
 
 
 def _facts(report: Report) -> str:
@@ -238,10 +192,7 @@ def _facts(report: Report) -> str:
         **{name: text for name, text in _outcome(report).items()},
         **report.facts,
     }
-    lines = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items()
-    )
-    return f"<dl>{lines}</dl>"
+    return webpage.facts(facts)
 
 
 def _outcome(report: Report) -> dict[str, str]:
@@ -656,60 +607,3 @@ def _at(values: Sequence[float], layer: float) -> float:
     lower = int(layer)
     share = layer - lower
     return values[lower] if share == 0 else (1 - share) * values[lower] + share * values[lower + 1]
-
-
-STYLE = """
-:root{color-scheme:light dark;--page:#fbfbfa;--ink:#1d2126;--soft:#5b636d;--rule:#d9dcdf;--panel:#fff;
---strong:#0b5cad;--faint:#a9b4c0;--c0:#0b5cad;--c1:#c2571a;--c2:#2f7d4f;--c3:#8a3fa0;--c4:#8a6d00;--c5:#b3264a;
---plus:#b3400e;--minus:#0b5cad;--frame:#1d2126}
-@media (prefers-color-scheme:dark){:root{--page:#14171a;--ink:#e6e8ea;--soft:#a0a8b1;--rule:#343a41;--panel:#1b1f23;
---strong:#6fb3f2;--faint:#56616d;--c0:#6fb3f2;--c1:#f0955a;--c2:#6cc592;--c3:#cf8fe3;--c4:#d9b84a;--c5:#f07f9c;
---plus:#f0955a;--minus:#6fb3f2;--frame:#fff}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:56rem;padding:2rem 1.25rem 4rem;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.6rem;line-height:1.2;margin:0}
-h2{font-size:1.2rem;line-height:1.3;margin:0 0 .25rem}
-h3{font-size:.95rem;margin:1.25rem 0 .25rem}
-p{margin:0 0 .75rem;max-width:46rem;color:var(--soft)}
-a{color:var(--strong)}
-:focus-visible{outline:3px solid var(--strong);outline-offset:2px}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.5rem 1.5rem;margin:1rem 0}
-dt{font-size:.8rem;color:var(--soft)}
-dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-nav ol{padding-left:1.25rem;margin:0 0 1rem}
-section{background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:1.25rem;margin:1.25rem 0}
-figure{margin:0 0 .5rem}
-figure>svg,figure h3+svg{display:block;width:100%;height:auto}
-svg text{fill:var(--soft);font:12px system-ui,sans-serif;font-variant-numeric:tabular-nums}
-svg .name{fill:var(--ink)}
-svg .over{fill:var(--ink);font-size:11px;paint-order:stroke;stroke:var(--panel);stroke-width:4px}
-.grid{stroke:var(--rule);stroke-width:1;fill:none}
-.tick{stroke:var(--soft);stroke-width:1;fill:none}
-.line{fill:none;stroke:currentColor;stroke-width:1.75;stroke-linejoin:round}
-.line.strong{stroke-width:2.5}
-.line.faint{stroke-width:1}
-.dot,.bar{fill:currentColor}
-.dot{stroke:var(--panel);stroke-width:.75}
-.bar{fill-opacity:.55}
-.strong{color:var(--strong)}.faint{color:var(--faint)}
-.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}
-.cell{stroke:none}
-.plus{fill:var(--plus)}.minus{fill:var(--minus)}.missing{fill:var(--rule)}
-.glyph{fill:none;stroke:var(--ink);stroke-width:1.25;opacity:.75}
-.chosen{fill:none;stroke:var(--frame);stroke-width:2.5}
-.limit{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 3;fill:none}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1rem;margin:.25rem 0 .75rem;padding:0;font-size:.85rem;
-color:var(--ink)}
-.legend li{display:flex;align-items:center;gap:.4rem}
-.legend svg{width:1.4rem;height:1rem;flex:none}
-.dots .legend .line{stroke-width:7;stroke-linecap:round;stroke-dasharray:0 14;stroke-dashoffset:-7}
-.dots .legend .line.strong{stroke-width:2.5;stroke-dasharray:none}
-summary{cursor:pointer;font-size:.9rem;color:var(--strong)}
-.scroll{overflow:auto;max-height:24rem;margin-top:.5rem}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .6rem;border-bottom:1px solid var(--rule);text-align:left;white-space:nowrap}
-th{position:sticky;top:0;background:var(--panel)}
-code{overflow-wrap:anywhere}
-@media print{section{break-inside:avoid}}
-"""

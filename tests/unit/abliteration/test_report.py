@@ -3,19 +3,15 @@
 Run: make setup && .venv/bin/python -m pytest tests/unit/abliteration/test_report.py
 """
 
-import itertools
 import math
 import re
 from dataclasses import replace
 from html import unescape
-from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 
-from abliteration import charts
-from abliteration.charts import Axis, Cell, Chart, Shade, axis_over
 from abliteration.report import Report, Residual, Scored, Search, Trial, page, write
+from tests import pages
 
 NUM_LAYERS, NUM_POSITIONS = 6, 3
 NASTY = "a <b> & \"c\" 'd' </svg><script>"
@@ -90,49 +86,19 @@ REPORTS = {
 }
 
 
-def _pictures(html):
-    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
-
-
-def _named(html, start):
-    """The picture whose label begins so."""
-    return next(
-        picture for picture in _pictures(html) if picture.get("aria-label", "").startswith(start)
-    )
-
-
-class _Balance(HTMLParser):
-    """Finds tags that are not closed in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.ids, self.links = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.links += [attributes["href"]] if "href" in attributes else []
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 @pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
 def test_every_picture_is_sound_xml_within_a_sound_page(report):
     html = page(report)
-    assert _pictures(html)
-    parser = _Balance()
-    parser.feed(html)
-    assert parser.open == []
-    assert len(parser.ids) == len(set(parser.ids))
-    assert all(link[1:] in parser.ids for link in parser.links)
+    assert pages.pictures(html)
+    tags = pages.Tags(html)
+    assert tags.open == []
+    assert len(tags.ids) == len(set(tags.ids))
+    assert all(link[1:] in tags.ids for link in tags.links)
 
 
 @pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
 def test_no_number_in_a_picture_is_nan_or_infinite(report):
-    for picture in _pictures(page(report)):
+    for picture in pages.pictures(page(report)):
         for part in picture.iter():
             for name in ("d", "x", "y", "cx", "cy", "width", "height", "transform"):
                 assert not re.search(r"nan|inf", part.get(name, "")), (name, part.attrib)
@@ -147,7 +113,7 @@ def test_the_page_needs_no_network_and_no_script(report):
 @pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
 def test_who_cannot_see_the_pictures_has_names_and_tables(report):
     html = page(report)
-    for picture in _pictures(html):
+    for picture in pages.pictures(html):
         assert picture.get("aria-label") or picture.get("aria-hidden") == "true"
     assert html.count("<section") == html.count("<details>") == html.count("<table>")
     assert html.count("<h1>") == 1
@@ -173,7 +139,7 @@ def test_all_text_is_escaped():
     assert "<b>" not in html
     assert "<script" not in html
     assert unescape(html).count(NASTY) > 12
-    assert _pictures(html)
+    assert pages.pictures(html)
 
 
 def test_both_colour_schemes_have_the_same_colours():
@@ -218,7 +184,7 @@ def test_what_was_not_done_is_not_shown():
 
 
 def test_the_chosen_cell_is_framed_between_its_layers():
-    picture = _named(page(FULL), "bypass")
+    picture = pages.named(page(FULL), "bypass")
     (frame,) = (part for part in picture.iter("rect") if part.get("class") == "chosen")
     cells = [part for part in picture.iter("rect") if "cell" in part.get("class")]
     tops = {part.get("y") for part in cells if "position -1:" in part.find("title").text}
@@ -231,14 +197,14 @@ def test_the_chosen_cell_is_framed_between_its_layers():
 
 
 def test_dropped_cells_carry_the_mark_of_their_reason():
-    picture = _named(page(FULL), "bypass")
+    picture = pages.named(page(FULL), "bypass")
     marks = [part.get("d") for part in picture.iter("path") if part.get("class") == "glyph"]
     assert len(marks) == 6
     assert len(set(marks)) == 2
 
 
 def test_cells_without_a_score_are_told_from_cells_with_one():
-    picture = _named(page(FULL), "kl")
+    picture = pages.named(page(FULL), "kl")
     empty = [part for part in picture.iter("rect") if part.get("class") == "cell missing"]
     assert [re.match(r"layer 0", part.find("title").text) is not None for part in empty] == [
         True,
@@ -253,7 +219,7 @@ def test_the_front_is_what_no_trial_beats_in_both():
 
 
 def test_the_ring_is_around_the_chosen_trial():
-    picture = _named(page(FULL), "Refusal against divergence")
+    picture = pages.named(page(FULL), "Refusal against divergence")
     (ring,) = (part for part in picture.iter("circle") if part.get("class") == "chosen")
     dots = [p for p in picture.iter("circle") if (p.find("title") is not None)]
     (dot,) = (part for part in dots if part.find("title").text.startswith("trial 2:"))
@@ -280,94 +246,3 @@ def test_the_same_report_gives_the_same_file(tmp_path):
     write(tmp_path / "b.html", FULL)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == page(FULL)
-
-
-# The arithmetic of the charts.
-
-
-@pytest.mark.parametrize(
-    ("axis", "value", "expected"),
-    [
-        (Axis("", 0, 10), 2.5, 0.25),
-        (Axis("", 0, 10), 12, 1.0),
-        (Axis("", -1, 1), 0, 0.5),
-        (Axis("", 0.01, 100, logarithmic=True), 1, 0.5),
-        (Axis("", 0.01, 100, logarithmic=True), 0, 0.0),
-    ],
-)
-def test_values_lie_in_proportion_on_an_axis(axis, value, expected):
-    assert axis.place(value) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0, 31), (-7.3, 2.1), (1e-6, 3e-6), (12345, 98765), (0, 0.02)]
-)
-def test_ticks_are_few_round_and_inside(low, high):
-    ticks = Axis("", low, high).ticks()
-    assert 2 <= len(ticks) <= 8
-    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
-    steps = {round((b - a) / (high - low), 6) for a, b in itertools.pairwise(ticks)}
-    assert len(steps) == 1
-
-
-def test_an_axis_holds_all_finite_values():
-    values = [3.0, math.nan, -2.0, math.inf]
-    axis = axis_over("", values)
-    assert (axis.low, axis.high) == (-2.0, 3.0)
-    assert axis_over("", [5.0], zero=True).low == 0
-    logarithmic = axis_over("", [0.003, 20.0, 0.0], logarithmic=True)
-    assert (logarithmic.low, logarithmic.high) == (0.001, 100)
-
-
-def test_a_line_breaks_where_there_is_no_number():
-    chart = Chart("", Axis("", 0, 3), Axis("", 0, 1))
-    chart.line([(0, 0), (1, math.nan), (2, 1), (3, 1)], "strong")
-    (line,) = (
-        part
-        for part in ElementTree.fromstring(chart.svg()).iter("path")
-        if "line" in part.get("class")
-    )
-    assert re.sub(r"[\d. ]", "", line.get("d")) == "MML"
-
-
-def test_up_is_more():
-    chart = Chart("", Axis("", 0, 1), Axis("", 0, 1))
-    assert chart.up(1) < chart.up(0)
-    assert chart.right(1) > chart.right(0)
-
-
-def test_a_shade_is_stronger_for_more_and_tells_signs_apart():
-    two_sided = Shade(2.0, two_sided=True)
-    assert two_sided.style(1.0) == ("plus", 0.5)
-    assert two_sided.style(-1.0) == ("minus", 0.5)
-    assert Shade(2.0).style(9.0) == ("plus", 1.0)
-    assert Shade(2.0).style(-1.0) == ("plus", 0.0)
-
-
-def test_bars_are_as_high_as_their_counts():
-    picture = ElementTree.fromstring(
-        charts.histogram("", "x", "y", {"a": [0.0] * 6 + [1.0] * 3, "b": [0.5, math.nan]})
-    )
-    heights = [float(bar.get("height")) for bar in picture.iter("rect")]
-    assert heights[0] == pytest.approx(2 * heights[1], rel=0.01)
-    assert heights[0] == pytest.approx(6 * heights[2], rel=0.01)
-
-
-def test_every_cell_of_a_square_map_is_drawn_once():
-    size = 5
-    grid = [[(a - b) / size for a in range(size)] for b in range(size)]
-    picture = ElementTree.fromstring(charts.square_map("", grid, Shade(1, two_sided=True), "x"))
-    drawn = "".join(part.get("d") for part in picture.iter("path"))
-    assert drawn.count("M") == size * size
-    assert len(set(re.findall(r"M([\d.]+ [\d.]+)", drawn))) == size * size
-
-
-def test_a_heat_map_puts_cells_in_their_column_and_row():
-    cells = [Cell(0, 0, 1.0, "a"), Cell(1, 0, 1.0, "b"), Cell(0, 1, 1.0, "c")]
-    picture = ElementTree.fromstring(
-        charts.heat_map("", cells, Shade(1), "x", "y", 2, ["one", "two"])
-    )
-    a, b, c = (part for part in picture.iter("rect"))
-    assert float(b.get("x")) == pytest.approx(float(a.get("x")) + float(a.get("width")), abs=0.2)
-    assert a.get("y") == b.get("y")
-    assert float(c.get("y")) == pytest.approx(float(a.get("y")) + float(a.get("height")))

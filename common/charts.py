@@ -38,12 +38,14 @@ class Axis:
         low: where it begins.
         high: where it ends, above `low`.
         logarithmic: whether it shows powers of ten; then `low` is above 0.
+        names: words that stand at 0, 1, 2... in place of numbers.
     """
 
     label: str
     low: float
     high: float
     logarithmic: bool = False
+    names: tuple[str, ...] = ()
 
     def place(self, value: float) -> float:
         """Where a value lies, from 0 to 1; values beyond the ends lie at the ends."""
@@ -55,6 +57,8 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Round values to label."""
+        if self.names:
+            return [float(index) for index in range(len(self.names))]
         if self.logarithmic:
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
             return [10.0**power for power in range(first, last + 1)]
@@ -64,6 +68,10 @@ class Axis:
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [round(index * step, 12) for index in range(first, last + 1)]
+
+    def text(self, tick: float) -> str:
+        """The label of a tick."""
+        return self.names[int(tick)] if self.names else number(tick)
 
 
 def axis_over(
@@ -130,6 +138,15 @@ class Chart:
                 pen = "M"
         self.add(f'<path class="line {style}" d="{"".join(path)}"/>')
 
+    def band(self, low: Sequence[Point], high: Sequence[Point], style: str) -> None:
+        """The area between two lines over the same values of x."""
+        pairs = zip(low, high, strict=True)
+        whole = [pair for pair in pairs if all(math.isfinite(v) for point in pair for v in point)]
+        if whole:
+            around = [point for point, _ in whole] + [point for _, point in reversed(whole)]
+            path = "L".join(f"{self.right(x):.1f} {self.up(y):.1f}" for x, y in around)
+            self.add(f'<path class="band {style}" d="M{path}Z"/>')
+
     def dot(self, x: float, y: float, style: str, tip: str, radius: float = 3) -> None:
         """A point with a tip that shows under the pointer."""
         if math.isfinite(x) and math.isfinite(y):
@@ -172,13 +189,13 @@ class Chart:
             place = self.right(value)
             self.add(
                 f'<path class="tick" d="M{place:.1f} {bottom}v4"/>',
-                text_at(place, bottom + 16, number(value), "middle"),
+                text_at(place, bottom + 16, self.x.text(value), "middle"),
             )
         for value in self.y.ticks():
             place = self.up(value)
             self.add(
                 f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>',
-                text_at(LEFT - 6, place + 4, number(value), "end"),
+                text_at(LEFT - 6, place + 4, self.y.text(value), "end"),
             )
         self.add(*axis_labels(self.x.label, self.y.label, self.height))
 
