@@ -22,12 +22,28 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, dtype: torch.dtype = torch
         dtype: to compute in; float32 is enough to rank by.
 
     Returns:
-        [...] in that type, never negative; a token that p rules out (a logit of -inf) contributes nothing.
+        [...] in that type, never negative; a token that p rules out (a logit of -inf) contributes nothing, one that
+        only q rules out makes it infinite.
     """
     p = torch.log_softmax(p_logits.to(dtype), dim=-1)
     q = torch.log_softmax(q_logits.to(dtype), dim=-1)
     terms = torch.where(p.isneginf(), torch.zeros_like(p), p.exp() * (p - q))
     return terms.sum(dim=-1).clamp_min(0.0)
+
+
+def surprisal(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of tokens [...] under logits [..., vocab], in nats and float64; their mean is the cross-entropy."""
+    logps = torch.log_softmax(logits.to(torch.float64), dim=-1)
+    return -logps.gather(-1, tokens[..., None])[..., 0]
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """The share of a text's n-grams that have occurred in it before, from 0 to 1; 0 for shorter texts.
+
+    Source: Welleck et al. 2020, Neural Text Generation with Unlikelihood Training, section 6 (seq-rep-4).
+    """
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @torch.inference_mode()

@@ -44,7 +44,8 @@ class Comparison:
         damage: abliterated minus original.
         gain: healed minus abliterated.
         gap: healed minus original.
-        minimum_detectable_effect: of healed against original.
+        minimum_detectable_effect: smallest true difference of healed and original that as many
+            items would show with 80 % power, from how many differ.
     """
 
     damage: Difference

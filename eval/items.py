@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["benchmarks", "refusal", "divergence"]
+Kind = Literal["benchmarks", "refusal", "divergence", "cross_entropy"]
 ModelName = Literal["original", "abliterated", "healed"]
 
 MODELS: tuple[ModelName, ...] = ("original", "abliterated", "healed")

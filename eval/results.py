@@ -13,9 +13,10 @@ from typing import Any
 import jsonschema
 import numpy as np
 
-from common import statistics
+from common import refusal, statistics
 from common.statistics import Difference, Floats, Interval
-from eval import comparison
+from eval import comparison, drift, flips, refusals
+from eval.calibration import Labels
 from eval.comparison import AdjustedP, Answers, Comparison
 from eval.items import MODELS, Item, Kind, ModelName, Row
 from eval.paths import number
@@ -41,6 +42,7 @@ class Settings:
         margin: non-inferiority margin, a fraction.
         seed: of the resampling.
         accept: limits by dotted path.
+        labels: what people said of some answers.
         provenance: versions, seed and fingerprints, as they go into results.json.
     """
 
@@ -48,6 +50,7 @@ class Settings:
     margin: float
     seed: int = 0
     accept: Mapping[str, Limits] = field(default_factory=dict)
+    labels: Labels = field(default_factory=Labels)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -86,11 +89,18 @@ def build(
         "margin": settings.margin,
         "benchmarks": benchmarks,
         "pooled": pooled,
-        "refusal": [_refusal_row(row, answers, settings.seed) for row, answers in of("refusal")],
-        "divergence": [_divergence_row(row, answers) for row, answers in of("divergence")],
+        "refusal": [
+            _refusal_row(row, answers, settings.seed)
+            | refusals.findings(row.name, answers, settings.labels)
+            for row, answers in of("refusal")
+        ],
+        "divergence": [drift.divergence_row(row, answers) for row, answers in of("divergence")],
+        "cross_entropy": drift.cross_entropy_rows(of("cross_entropy"), settings.seed),
         "direction": dict(direction) if direction is not None else {"residual": None},
         "provenance": dict(settings.provenance),
     }
+    if results["refusal"]:
+        results["refusal_instrument"] = dict(refusal.INSTRUMENT)
     results["accept"] = gates(results, settings.accept)
     validate(results)
     return results
@@ -229,6 +239,8 @@ def _benchmark_row(
         "num_clusters": int(answers.clusters.max()) + 1 if clustered else None,
         **_rates(items, seed),
         "answer_logp": {model: _mean_logp(items[model]) for model in MODELS},
+        "answer_logp_change": _logp_change(items, answers, seed),
+        "flips": flips.count(answers),
     }
 
 
@@ -239,6 +251,7 @@ def _comparison_fields(
         "damage": _difference(compared.damage, p.damage),
         "gain": _difference(compared.gain, p.gain),
         "gap": _difference(compared.gap, p.gap),
+        "minimum_detectable_effect": compared.minimum_detectable_effect,
         "mde": compared.minimum_detectable_effect,
         "recovery": asdict(recovery) if recovery else None,
     }
@@ -251,6 +264,25 @@ def _difference(difference: Difference, p_adjusted: float) -> dict[str, float]:
 def _mean_logp(items: Sequence[Item]) -> float | None:
     known = [item.answer_logp for item in items if item.answer_logp is not None]
     return float(np.mean(known)) if len(known) == len(items) else None
+
+
+def _logp_change(
+    items: Mapping[ModelName, Sequence[Item]], answers: Answers, seed: int
+) -> dict[str, dict[str, float]] | None:
+    """The paired differences of the right answer's log-probability; None where some have none."""
+    # None becomes NaN.
+    original, abliterated, healed = (
+        np.array([item.answer_logp for item in items[model]], dtype=np.float64) for model in MODELS
+    )
+    if not np.isfinite([original, abliterated, healed]).all():
+        return None
+    logps = Answers(original, abliterated, healed, answers.clusters)
+    compared = comparison.compare(logps, seed=seed)
+    return {
+        "damage": asdict(compared.damage),
+        "gain": asdict(compared.gain),
+        "gap": asdict(compared.gap),
+    }
 
 
 def _rates(items: Mapping[ModelName, Sequence[Item]], seed: int) -> dict[str, Any]:
@@ -270,28 +302,5 @@ def _refusal_row(row: Row, items: Mapping[ModelName, Sequence[Item]], seed: int)
         **_rates(items, seed),
         "gain": asdict(compared.gain),
         "gap": asdict(compared.gap),
-    }
-
-
-def _divergence_row(row: Row, items: Mapping[ModelName, Sequence[Item]]) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        **row.about,
-        "n": len(items["healed"]),
-        "num_tokens": sum(len(item.details["kl"]) for item in items["healed"]),
-        "abliterated": _divergence(items["abliterated"]),
-        "healed": _divergence(items["healed"]),
-    }
-
-
-def _divergence(items: Sequence[Item]) -> dict[str, float]:
-    kl = np.concatenate([np.asarray(item.details["kl"], dtype=np.float64) for item in items])
-    num_agreeing = sum(item.details["top1_agreements"] for item in items)
-    return {
-        "mean_kl": float(kl.mean()),
-        "median_kl": float(np.median(kl)),
-        "p95_kl": float(np.quantile(kl, 0.95)),
-        "p99_kl": float(np.quantile(kl, 0.99)),
-        "top1_agreement": num_agreeing / len(kl),
-        "first_token_kl": float(np.mean([item.details["kl"][0] for item in items])),
+        "minimum_detectable_effect": compared.minimum_detectable_effect,
     }

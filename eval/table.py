@@ -27,7 +27,13 @@ def card_tables(results: Mapping[str, Any]) -> str:
 
 def blocks(results: Mapping[str, Any]) -> list[Block]:
     """The tables of an evaluation; one that would be empty is left out."""
-    found = [_benchmarks(results), _refusal(results), _divergence(results), _gates(results)]
+    found = [
+        _benchmarks(results),
+        _refusal(results),
+        _divergence(results),
+        _cross_entropy(results),
+        _gates(results),
+    ]
     return [block for block in found if block.cells]
 
 
@@ -47,6 +53,8 @@ def _benchmarks(results: Mapping[str, Any]) -> Block:
         "abliterated",
         "healed",
         "healed - original",
+        "MDE",
+        "flips",
         "recovery",
         "verdict",
     )
@@ -60,6 +68,8 @@ def _benchmarks(results: Mapping[str, Any]) -> Block:
                 str(row["n"]),
                 *(interval(row[model]) for model in ("original", "abliterated", "healed")),
                 interval(row["gap"]),
+                _number(row.get("minimum_detectable_effect"), 3),
+                _flips(row.get("flips")),
                 interval(row["recovery"], 2),
                 row["verdict"],
             )
@@ -91,19 +101,56 @@ def _divergence(results: Mapping[str, Any]) -> Block:
             f"{row['name']}, {model}",
             str(row["num_tokens"]),
             *(f"{kl[key]:.4f}" for key in ("mean_kl", "median_kl", "p99_kl", "first_token_kl")),
+            _number(kl.get("reverse", {}).get("mean_kl"), 4),
             f"{kl['top1_agreement']:.3f}",
         )
 
     return Block(
         "divergence",
         "Divergence from the original on its own answers (KL in nats per token)",
-        ("panel, model", "tokens", "mean", "median", "p99", "first token", "same top token"),
+        (
+            "panel, model",
+            "tokens",
+            "mean",
+            "median",
+            "p99",
+            "first token",
+            "reverse mean",
+            "same top token",
+        ),
         tuple(
             cells(row, model)
             for row in results["divergence"]
             for model in ("abliterated", "healed")
         ),
     )
+
+
+def _cross_entropy(results: Mapping[str, Any]) -> Block:
+    return Block(
+        "cross_entropy",
+        "Cross-entropy of plain text (nats per token, 95 % interval; lower is better)",
+        ("text", "tokens", "original", "abliterated", "healed", "healed - original"),
+        tuple(
+            (
+                row["name"],
+                str(row["num_tokens"]),
+                *(interval(row[key]) for key in ("original", "abliterated", "healed", "gap")),
+            )
+            for row in results.get("cross_entropy", ())
+        ),
+    )
+
+
+def _flips(counts: Mapping[str, int] | None) -> str:
+    """Items that the edit broke, how many of them healing fixed, and how many it broke itself: `-12+9-1`."""
+    if counts is None:
+        return "-"
+    return f"-{counts['broken']}+{counts['fixed']}-{counts['newly_broken']}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _gates(results: Mapping[str, Any]) -> Block:
@@ -131,6 +178,11 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
             f"Recovery of all damaged capabilities together ({', '.join(pooled['benchmarks'])}; n "
             f"= {pooled['n']}): "
             f"{interval(pooled['recovery'], 2)} of {interval(pooled['damage'])}."
+        )
+    if any(row.get("flips") for row in results["benchmarks"]):
+        remarks.append(
+            "MDE: the smallest difference of healed and original that as many items show with 80 % "
+            "power.\nflips: items that the edit broke, of them fixed by healing, newly broken by it."
         )
     remarks += _direction_remarks(results["direction"])
     if any(row["role"] == "unlocked" for row in results["benchmarks"]):

@@ -1,18 +1,23 @@
 """How far a model's next-token probabilities have moved from the original's, over whole answers.
 
 Both models read the original's own greedy answers to a panel of prompts (teacher forcing), and the
-divergence KL(original || model) is taken at every token, the one that ends the answer included.
+divergences KL(original || model) and KL(model || original) are taken at every token, the one that
+ends the answer included. Beside them stands what each model answers itself: how long its greedy
+answers are, and how much they repeat themselves.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import chat, distributed
-from common.divergence import answer_logits, batches, kl_divergence
+from common.divergence import answer_logits, batches, kl_divergence, repetition, surprisal
+from common.errors import StageError
 from common.generation import generate
 from common.prompts import load_prompts
 from common.recipe import Divergence
@@ -34,10 +39,21 @@ def load(spec: Divergence, tokenizer: PreTrainedTokenizerBase, *, batch_size: in
 
 @dataclass(frozen=True)
 class TokenDivergences:
-    """One answer's divergences in nats, token by token, and how often the likeliest token is the same."""
+    """One answer by the original, token by token, in nats.
+
+    Attributes:
+        kl: KL(original || model).
+        reverse_kl: KL(model || original).
+        top1_agreements: how often both give the same token the highest probability.
+        original_nll: -log-probability of the answer under the original.
+        nll: likewise under the model.
+    """
 
     kl: list[float]
+    reverse_kl: list[float]
     top1_agreements: int
+    original_nll: float
+    nll: float
 
 
 @dataclass(frozen=True)
@@ -49,28 +65,45 @@ class Panel:
         prompts: one user turn each.
         tokenizer: of all three models.
         batch_size: answers per forward pass and process.
-        answers: the original's, filled when it is scored.
+        own_answers: the original's greedy answers, filled when it is scored.
     """
 
     spec: Divergence
     prompts: list[str]
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
-    answers: list[list[int]] = field(default_factory=list)
+    own_answers: list[list[int]] = field(default_factory=list)
 
     @property
     def row(self) -> Row:
         """The panel's divergence."""
         return Row("divergence", self.spec.panel)
 
+    @property
+    def texts(self) -> list[list[int]]:
+        """The original's answers, each as far as its tokens are predicted.
+
+        An answer that ended has one prediction more than it has tokens: that of its end. The token
+        put there is never read from.
+        """
+        end, most = int(self.tokenizer.eos_token_id), self.spec.max_new_tokens
+        return [ids if len(ids) == most else [*ids, end] for ids in self.own_answers]
+
     def score(self, subject: Subject) -> list[Item]:
-        """Let the original answer; compare the other models with it on its answers."""
-        if not self.answers:
-            self.answers.extend(self._scored_texts(subject))
+        """Let the original answer; compare the other models with it on its answers, and let them answer."""
+        if not self.own_answers:
+            self.own_answers.extend(self._answers(subject.original, "original"))
         if subject.name == "original":
             return []
-        prompts = chat.encode(self.tokenizer, self.prompts)
-        lengths = [len(p) + len(a) for p, a in zip(prompts, self.answers, strict=True)]
+        found = self._compare(subject)
+        answers = self._answers(subject.model, subject.name)
+        return [
+            self._item(subject, index, found[index], answers[index]) for index in range(len(found))
+        ]
+
+    def _compare(self, subject: Subject) -> list[TokenDivergences]:
+        prompts, answers = chat.encode(self.tokenizer, self.prompts), self.texts
+        lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
         groups = list(batches(lengths, self.batch_size))
         bar = tqdm(
             total=len(prompts),
@@ -82,10 +115,7 @@ class Panel:
         def work(part: Sequence[list[int]]) -> list[list[TokenDivergences]]:
             found = []
             for group in part:
-                texts = (
-                    [prompts[index] for index in group],
-                    [self.answers[index] for index in group],
-                )
+                texts = ([prompts[index] for index in group], [answers[index] for index in group])
                 found.append(compare(subject, *texts, int(self.tokenizer.pad_token_id)))
                 bar.update(len(group) * distributed.world_size())
             return found
@@ -97,27 +127,51 @@ class Panel:
             for group, ds in zip(groups, by_group, strict=True)
             for i, d in zip(group, ds, strict=True)
         }
-        return [self._item(subject, index, found[index]) for index in range(len(prompts))]
+        return [found[index] for index in range(len(prompts))]
 
-    def _scored_texts(self, subject: Subject) -> list[list[int]]:
-        answers = generate(
-            subject.original,
+    def _answers(self, model: PreTrainedModel, name: str) -> list[list[int]]:
+        return generate(
+            model,
             self.tokenizer,
             self.prompts,
             max_new_tokens=self.spec.max_new_tokens,
             batch_size=self.batch_size,
-            description=f"{self.spec.panel}: answers",
+            description=f"{self.spec.panel}: {name}, answers",
         )
-        # An answer that ended has one prediction more than it has tokens: that of its end. The
-        # token put there is never read from.
-        end = int(self.tokenizer.eos_token_id)
-        return [ids if len(ids) == self.spec.max_new_tokens else [*ids, end] for ids in answers]
 
-    def _item(self, subject: Subject, index: int, found: TokenDivergences) -> Item:
-        kl = [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in found.kl]
-        details = {"kl": kl, "top1_agreements": found.top1_agreements}
+    def _item(
+        self, subject: Subject, index: int, found: TokenDivergences, answer: list[int]
+    ) -> Item:
+        kl, reverse_kl = _rounded(found.kl), _rounded(found.reverse_kl)
+        details = {
+            "kl": kl,
+            "reverse_kl": reverse_kl,
+            "top1_agreements": found.top1_agreements,
+            "original_nll": found.original_nll,
+            "nll": found.nll,
+            "original_answer": self._about(self.own_answers[index]),
+            "answer": self._about(answer),
+        }
         value = sum(kl) / len(kl)
+        if not math.isfinite(value + sum(reverse_kl) + found.nll):
+            raise StageError(
+                f"eval: the divergence of the {subject.name} model from the original is {value} on prompt {index} of "
+                f"{self.spec.panel}: one of them gives no number, or no probability to what the other may say; look "
+                "for NaN or -inf in its weights and logits"
+            )
         return Item("divergence", self.spec.panel, subject.name, index, value, details=details)
+
+    def _about(self, answer: list[int]) -> dict[str, float]:
+        """Length and repetition of an answer, and whether it was cut."""
+        return {
+            "num_tokens": len(answer),
+            "was_cut": len(answer) == self.spec.max_new_tokens,
+            "repetition": repetition(answer),
+        }
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in values]
 
 
 @torch.inference_mode()
@@ -140,10 +194,16 @@ def compare(
         answer_logits(subject.model, prompts, answers, pad_id),
         strict=True,
     )
-    return [
-        TokenDivergences(
-            kl=kl_divergence(original, model).tolist(),
-            top1_agreements=int((original.argmax(dim=-1) == model.argmax(dim=-1)).sum()),
-        )
-        for original, model in rows
-    ]
+    return [_divergences(original, model) for original, model in rows]
+
+
+def _divergences(original: Tensor, model: Tensor) -> TokenDivergences:
+    # The answers are greedy: what the original says next, its end included, is its likeliest token.
+    said = original.argmax(dim=-1)
+    return TokenDivergences(
+        kl=kl_divergence(original, model).tolist(),
+        reverse_kl=kl_divergence(model, original).tolist(),
+        top1_agreements=int((said == model.argmax(dim=-1)).sum()),
+        original_nll=float(surprisal(original, said).sum()),
+        nll=float(surprisal(model, said).sum()),
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.divergence import answer_logits, batches, kl_divergence
+from common.divergence import answer_logits, batches, kl_divergence, repetition, surprisal
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,22 @@ def test_half_precision_logits_lose_nothing_more() -> None:
         q.double().log_softmax(-1), p.double().log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
     assert kl_divergence(p, q).tolist() == pytest.approx(expected.tolist())
+
+
+def test_surprisal_is_what_cross_entropy_is_the_mean_of() -> None:
+    logits, tokens = torch.randn(6, 9), torch.arange(6)
+    expected = torch.nn.functional.cross_entropy(logits, tokens)
+    assert float(surprisal(logits, tokens).mean()) == pytest.approx(float(expected), abs=1e-6)
+    logits[0, 0] = -math.inf
+    assert float(surprisal(logits, tokens)[0]) == math.inf
+
+
+def test_repetition_is_the_share_of_grams_seen_before() -> None:
+    assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repetition([1, 2, 1, 2], n=2) == pytest.approx(1 / 3)
+    assert repetition([1, 1, 1]) == 0.0  # shorter than one gram
 
 
 def test_answer_logits_predict_each_answer_token_in_batches_as_alone(model) -> None:

@@ -11,7 +11,6 @@ import pytest
 from scipy import stats
 
 from common import statistics
-from common.statistics import Interval
 
 
 def alone(size: int) -> np.ndarray:
@@ -42,34 +41,54 @@ def test_wilson_gives_the_published_limits() -> None:
         assert (found.low, found.high) == pytest.approx(limits, abs=5e-5)
 
 
+def test_tangos_interval_gives_the_published_limits() -> None:
+    # Fagerland, Lydersen and Laake 2014, Statistics in Medicine 33:2850, section 8 (airways before
+    # and after a transplantation, Bentur et al. 2009): Tango's asymptotic score interval.
+    found = statistics.tango(1, 7, 21)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.286, -0.517, -0.026), abs=6e-4)
+
+
 @pytest.mark.parametrize(
-    ("table", "expected"),
-    [
-        # Fagerland, Lydersen and Laake, Statistical Analysis of Contingency Tables, chapter 8:
-        # Newcombe's square-and-add interval (method 10) of two trials (Cavo et al. 2012, Bentur et
-        # al. 2009).
-        ((59, 6, 16, 80), (-0.0621, -0.1186, -0.0046)),
-        ((1, 1, 7, 12), (-0.286, -0.507, -0.026)),
-    ],
+    ("first_only", "second_only", "num_items"),
+    [(1, 7, 21), (6, 16, 161), (0, 0, 40), (4, 0, 50), (3, 2, 5), (5, 0, 5)],
 )
-def test_newcombes_paired_interval_gives_the_published_limits(
-    table: tuple[int, int, int, int], expected: tuple[float, float, float]
+def test_tangos_interval_holds_the_differences_that_a_score_test_does_not_reject(
+    first_only: int, second_only: int, num_items: int
 ) -> None:
-    found = statistics.newcombe_paired(*table)
-    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=6e-4)
+    def log_likelihood(share: np.ndarray, difference: float) -> np.ndarray:
+        terms = (
+            (first_only, share + difference),
+            (second_only, share),
+            (num_items - first_only - second_only, 1 - 2 * share - difference),
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return sum(np.where(count > 0, count * np.log(p), 0.0) for count, p in terms)
+
+    def statistic(difference: float) -> float:
+        """The score test's, its nuisance parameter found by search instead of the quadratic's root."""
+        lowest, highest = max(0.0, -difference), (1 - difference) / 2
+        grid = np.linspace(lowest, highest, 200_001)
+        share = grid[np.nanargmax(log_likelihood(grid, difference))]
+        variance = num_items * (2 * share + difference - difference**2)
+        return (first_only - second_only - num_items * difference) / math.sqrt(variance)
+
+    found = statistics.tango(first_only, second_only, num_items)
+    if found.low > -1:
+        assert statistic(found.low) == pytest.approx(statistics.Z, abs=2e-3)
+    if found.high < 1:
+        assert statistic(found.high) == pytest.approx(-statistics.Z, abs=2e-3)
 
 
-def test_newcombes_paired_interval_turns_around_with_the_order_of_the_models() -> None:
-    forward, backward = (
-        statistics.newcombe_paired(59, 6, 16, 80),
-        statistics.newcombe_paired(59, 16, 6, 80),
-    )
+def test_tangos_interval_turns_around_with_the_order_of_the_models() -> None:
+    forward, backward = statistics.tango(6, 16, 161), statistics.tango(16, 6, 161)
     assert (backward.low, backward.high) == pytest.approx((-forward.high, -forward.low))
 
 
 def test_models_that_agree_on_every_item_still_have_an_interval() -> None:
-    few, many = statistics.newcombe_paired(20, 0, 0, 0), statistics.newcombe_paired(300, 0, 0, 0)
+    few, many = statistics.tango(0, 0, 20), statistics.tango(0, 0, 300)
     assert few.low < many.low < 0 < many.high < few.high
+    # What no flip among n items leaves possible is what Wilson's interval says of 0 of n.
+    assert many.high == pytest.approx(statistics.wilson(0, 300).high)
 
 
 @pytest.mark.parametrize(("first_only", "second_only"), [(0, 0), (1, 0), (0, 6), (3, 9), (10, 10)])
@@ -114,17 +133,37 @@ def test_holm_steps_down_and_keeps_the_order() -> None:
     assert statistics.holm([]) == []
 
 
-def test_the_bootstrap_of_a_mean_agrees_with_scipys() -> None:
-    values = np.random.default_rng(0).exponential(size=80)
-    expected = stats.bootstrap(
-        (values,), np.mean, method="BCa", n_resamples=10_000, rng=1
-    ).confidence_interval
-    found = statistics.mean_interval(values, alone(80), seed=0)
-    # Two Monte-Carlo runs of 10,000: their limits differ by a few hundredths of the width.
-    width = expected.high - expected.low
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.05 * width)
-    assert found == statistics.mean_interval(values, alone(80), seed=0)
-    assert found != statistics.mean_interval(values, alone(80), seed=1)
+def test_the_bootstrap_of_a_mean_is_studentised_by_hand() -> None:
+    values = np.random.default_rng(0).exponential(size=40)
+    found = statistics.mean_interval(values, alone(40), seed=0)
+    generator = np.random.default_rng(1)
+    drawn = values[generator.integers(40, size=(40_000, 40))]
+    t = (drawn.mean(axis=1) - values.mean()) / (drawn.std(axis=1, ddof=1) / math.sqrt(40))
+    error = values.std(ddof=1) / math.sqrt(40)
+    student = stats.t.ppf(0.975, 39)
+    low, high = np.quantile(t, [0.025, 0.975])
+    expected = (
+        values.mean() - max(high, student) * error,
+        values.mean() - min(low, -student) * error,
+    )
+    # Two Monte-Carlo runs: their limits differ by a few hundredths of the width.
+    width = expected[1] - expected[0]
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.05 * width)
+    assert max(high, student) == student  # the side away from the tail is Student's
+    assert low < -student
+    assert found == statistics.mean_interval(values, alone(40), seed=0)
+    assert found != statistics.mean_interval(values, alone(40), seed=1)
+
+
+def test_the_error_of_a_ratio_is_that_of_all_resamples() -> None:
+    # Four clusters have 256 resamples; the linearised error is near their spread.
+    generator = np.random.default_rng(4)
+    sizes = generator.integers(3, 6, size=4).astype(float)
+    sums = sizes * generator.uniform(0.8, 1.2, size=4)
+    drawn = np.array(list(itertools.product(range(4), repeat=4)))
+    spread = (sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)).std()
+    _, error = statistics._ratio_and_error(sums, sizes, None)
+    assert error == pytest.approx(spread * math.sqrt(4 / 3), rel=0.05)
 
 
 def test_items_repeated_in_clusters_do_not_narrow_the_interval() -> None:
@@ -173,7 +212,7 @@ def test_clusters_that_never_differ_leave_as_much_doubt_as_their_number() -> Non
     right = np.ones(300)
     few = statistics.paired_difference(right, right, np.repeat(alone(10), 30), seed=0)
     many = statistics.paired_difference(right, right, alone(300), seed=0)
-    by_hand = statistics.newcombe_paired(10, 0, 0, 0)
+    by_hand = statistics.tango(0, 0, 10)
     assert (few.low, few.high) == pytest.approx((by_hand.low, by_hand.high))
     assert few.low < many.low < 0
     assert statistics.rate_interval(right, np.repeat(alone(10), 30), seed=0).low == pytest.approx(
@@ -247,7 +286,19 @@ def test_recovery_is_the_ratio_of_sums() -> None:
 def test_a_full_recovery_is_only_as_sure_as_the_damage_was_large() -> None:
     original, abliterated = np.ones(100), np.array([0.0] * 20 + [1.0] * 80)
     found = statistics.recovery(original, abliterated, original, alone(100), seed=0, capped=True)
-    assert found == Interval(1.0, statistics.wilson(20, 20).low, 1.0)
+    # Wilson's interval of 20 of 20, widened as Student's is wider than the normal's on 20 clusters.
+    size = 20 * (statistics.Z / stats.t.ppf(0.975, 19)) ** 2
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(size / (size + statistics.Z**2))
+
+
+def test_a_share_that_stays_broken_has_wilsons_interval() -> None:
+    original, abliterated = np.ones(400), np.array([0.0] * 200 + [1.0] * 200)
+    healed = np.array([0.0] * 30 + [1.0] * 370)
+    found = statistics.recovery(original, abliterated, healed, alone(400), seed=0, capped=True)
+    expected = statistics.wilson(170, 200)
+    assert found.value == 0.85
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=2e-3)
 
 
 def test_recovery_counts_clusters_not_items() -> None:
@@ -264,23 +315,21 @@ def test_recovery_counts_clusters_not_items() -> None:
 
 def test_strata_keep_the_share_of_each_benchmark() -> None:
     # One benchmark is all recovered, the other not at all: only the mix of the two could vary.
-    original, abliterated = np.ones(100), np.zeros(100)
-    healed = np.repeat([1.0, 0.0], 50)
-    mixed = statistics.recovery(original, abliterated, healed, alone(100), seed=0, capped=True)
-    kept = statistics.recovery(
-        original, abliterated, healed, alone(100), seed=0, capped=True, strata=np.repeat([0, 1], 50)
-    )
+    won, lost = np.repeat([1.0, 0.0], 50), np.ones(100)
+    mixed = statistics.ratio_interval(won, lost, seed=0)
+    kept = statistics.ratio_interval(won, lost, seed=0, strata=np.repeat([0, 1], 50))
     assert (kept.low, kept.value, kept.high) == (0.5, 0.5, 0.5)
     assert mixed.low < 0.45
 
 
-def test_the_paired_interval_covers_the_true_difference() -> None:
-    # 5 % of the items change for the worse, 3 % for the better; 600 draws: three standard errors
-    # are 2.7 points.
-    generator = np.random.default_rng(0)
-    tables = generator.multinomial(100, [0.6, 0.05, 0.03, 0.32], size=600)
-    intervals = [statistics.newcombe_paired(*map(float, table)) for table in tables]
-    assert np.mean([found.low <= 0.02 <= found.high for found in intervals]) >= 0.92
+def test_clusters_that_all_share_one_value_have_no_width_and_no_fault() -> None:
+    found = statistics.mean_interval(np.full(30, 0.25), alone(30), seed=0)
+    assert (found.low, found.value, found.high) == (0.25, 0.25, 0.25)
+    one = np.zeros(30)
+    one[3] = 1.0  # most resamples hold none of it and have no spread
+    found = statistics.mean_interval(one, alone(30), seed=0)
+    assert math.isfinite(found.low)
+    assert math.isfinite(found.high)
 
 
 def test_the_cluster_interval_covers_where_the_item_interval_does_not(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from common import statistics
 from common.statistics import Difference
@@ -145,5 +146,6 @@ def test_pooled_benchmarks_keep_their_clusters_apart() -> None:
     one = Answers(rows, np.zeros(10), rows, np.repeat(np.arange(5), 2))
     pooled = comparison.pool([one, one], seed=0)
     assert pooled is not None
-    assert pooled.recovery.low == statistics.wilson(10, 10).low
+    size = 10 * (statistics.Z / stats.t.ppf(0.975, 9)) ** 2  # ten clusters of two items
+    assert pooled.recovery.low == pytest.approx(statistics.wilson(size, size).low)
     assert pooled.damage.p == pytest.approx(2 / 2**10)

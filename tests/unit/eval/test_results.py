@@ -23,6 +23,7 @@ ROWS = [
     Row("benchmarks", "secrets", {"metric": "acc", "role": "unlocked", "higher_is_better": True}),
     Row("refusal", "restricted", {"harmless": False}),
     Row("divergence", "harmless"),
+    Row("cross_entropy", "prose"),
 ]
 DIRECTION = {"residual": {"abliterated": 1e-16, "healed": 2e-8}}
 PROVENANCE = {"versions": {"torch": "2"}, "seed": 0, "fingerprints": {"train": "ab"}}
@@ -48,10 +49,22 @@ def planted() -> list[Item]:
             items.append(
                 Item("refusal", "restricted", model, index, refused, details={"text": "I cannot"})
             )
+        for index in range(30):
+            nll = (5.0 + index % 3) * (1.5 if model == "abliterated" else 1.0)
+            details = {"nll": nll, "num_tokens": 2 + index % 2}
+            items.append(Item("cross_entropy", "prose", model, index, nll, details=details))
         if model != "original":
             for index in range(2):
                 kl = [0.5, 0.0, 0.1, 0.2] if model == "abliterated" else [0.01, 0.0, 0.02, 0.03]
-                details = {"kl": kl[: 4 - index], "top1_agreements": 3}
+                details = {
+                    "kl": kl[: 4 - index],
+                    "reverse_kl": [2 * value for value in kl[: 4 - index]],
+                    "top1_agreements": 3,
+                    "original_nll": 0.2,
+                    "nll": 0.9,
+                    "original_answer": {"num_tokens": 3, "was_cut": False, "repetition": 0.0},
+                    "answer": {"num_tokens": 4, "was_cut": index == 0, "repetition": 0.5},
+                }
                 items.append(Item("divergence", "harmless", model, index, 0.0, details=details))
     return items
 
@@ -102,6 +115,65 @@ def test_refusals_and_divergences_are_those_of_their_items() -> None:
     assert divergence["abliterated"]["median_kl"] == pytest.approx(0.1)
     assert divergence["abliterated"]["first_token_kl"] == pytest.approx(0.5)
     assert divergence["healed"]["top1_agreement"] == pytest.approx(6 / 7)
+    assert divergence["abliterated"]["after_first_token_kl"] == pytest.approx((0.3 + 0.1) / 5)
+    assert divergence["abliterated"]["reverse"]["mean_kl"] == pytest.approx(2 * (0.8 + 0.6) / 7)
+    assert divergence["abliterated"]["by_position"] == [
+        {"from": 0, "to": 1, "n": 2, "mean_kl": 0.5},
+        {"from": 1, "to": 2, "n": 2, "mean_kl": 0.0},
+        {"from": 2, "to": 4, "n": 3, "mean_kl": pytest.approx((0.3 + 0.1) / 3)},
+    ]
+    assert divergence["cross_entropy"] == {
+        "original": pytest.approx(0.4 / 7),
+        "abliterated": pytest.approx(1.8 / 7),
+        "healed": pytest.approx(1.8 / 7),
+    }
+    assert divergence["length"]["original"] == {"mean_tokens": 3.0, "cut": 0.0}
+    assert divergence["length"]["healed"] == {"mean_tokens": 4.0, "cut": 0.5}
+    assert divergence["repetition"] == {"original": 0.0, "abliterated": 0.5, "healed": 0.5}
+
+
+def test_plain_text_is_weighed_by_its_tokens_and_compared_by_its_documents() -> None:
+    (row,) = build()["cross_entropy"]
+    assert (row["n"], row["num_tokens"]) == (30, 75)
+    assert row["original"]["value"] == row["healed"]["value"] == pytest.approx(180 / 75)
+    assert row["damage"]["value"] == pytest.approx(90 / 75)
+    assert row["damage"]["low"] > 0
+    assert row["damage"]["p"] == row["damage"]["p_adjusted"] < 1e-4
+    # Paired: the documents differ far more from each other than the models do.
+    width = row["damage"]["high"] - row["damage"]["low"]
+    assert width < row["abliterated"]["high"] - row["abliterated"]["low"]
+    assert row["gap"] == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "p_adjusted": 1.0}
+    assert row["minimum_detectable_effect"] is None  # nothing varied
+
+
+def test_every_row_says_what_it_could_have_found_and_which_items_changed() -> None:
+    results = build()
+    addition, _, secrets = results["benchmarks"]
+    for row in results["benchmarks"]:
+        assert row["minimum_detectable_effect"] == row["mde"] > 0
+        right = {model: round(row["n"] * row[model]["value"]) for model in MODELS}
+        flips = row["flips"]
+        assert right["abliterated"] == right["original"] - flips["broken"] + flips["unlocked"]
+        lost = flips["still_broken"] + flips["newly_broken"]
+        assert right["healed"] == right["original"] - lost + flips["newly_right"]
+    assert (addition["flips"]["broken"], addition["flips"]["fixed"]) == (45, 45)
+    assert secrets["flips"]["unlocked"] == secrets["flips"]["newly_right"] == 80
+    assert results["refusal"][0]["minimum_detectable_effect"] > 0
+
+
+def test_the_right_answers_log_probability_is_compared_item_by_item() -> None:
+    addition = build()["benchmarks"][0]
+    change = addition["answer_logp_change"]
+    # Planted: a right answer costs one nat, and 45 items break.
+    assert change["damage"]["value"] == pytest.approx(0.45)
+    assert change["damage"]["low"] > 0.3
+    assert change["gap"] == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    unknown = [
+        Item(i.kind, i.name, i.model, i.id, i.value, i.cluster, None, i.details) for i in planted()
+    ]
+    settings = Settings("patient", margin=0.05, provenance=PROVENANCE)
+    row = results_file.build(settings, ROWS, unknown, DIRECTION)["benchmarks"][0]
+    assert row["answer_logp_change"] is None
 
 
 def test_the_same_items_give_the_same_bytes_through_a_file() -> None:
@@ -179,6 +251,9 @@ def test_a_gate_on_no_field_is_the_users_mistake() -> None:
         lambda results: results["benchmarks"][0].update(verdict="fine"),
         lambda results: results["refusal"][0]["healed"].pop("low"),
         lambda results: results["divergence"][0]["healed"].update(mean_kl=-1),
+        lambda results: results["divergence"][0]["healed"]["by_position"][0].pop("n"),
+        lambda results: results["benchmarks"][0]["flips"].update(broken=0.5),
+        lambda results: results["cross_entropy"][0].pop("damage"),
         lambda results: results["accept"]["gates"].append({"name": "x"}),
         lambda results: results.update(schema_version=2),
     ],
@@ -204,6 +279,8 @@ def test_the_table_shows_every_row_with_its_interval() -> None:
         "0.950 [0.888, 0.978]",
         "recovered",
         "passed",
+        "-45+45-0",
+        "prose",
     ):
         assert text in shown
     assert "1.00 [0.92, 1.00]" in shown
@@ -213,7 +290,7 @@ def test_the_table_shows_every_row_with_its_interval() -> None:
 
 def test_the_markdown_tables_have_as_many_cells_as_heads() -> None:
     lines = [line for line in card_tables(build()).splitlines() if line.startswith("|")]
-    assert len(lines) == (2 + 3) + (2 + 1) + (2 + 2)
+    assert len(lines) == (2 + 3) + (2 + 1) + (2 + 2) + (2 + 1)
     for block in blocks(build()):
         head = "| " + " | ".join(block.heads) + " |"
         assert lines[lines.index(head) + 1].count("---") == len(block.heads)
