@@ -5,6 +5,8 @@ branches of one prompt. A row holds `[prompt minus its last token | last token +
 continuation 2 | ...]`: positions restart at every branch, and a 4-D mask lets a branch see the prompt and itself.
 The last token of a continuation is left out, since nobody reads what follows it.
 
+What many prompts begin with can be read once for all of them (`read_prefix`): rows then hold what comes behind it.
+
 Where a model cannot take such masks every continuation is a row of its own, with the same results.
 """
 
@@ -19,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from common import distributed
 from common.architecture import ARCHITECTURES
@@ -114,6 +116,76 @@ class Packed:
         return seen.unsqueeze(1)
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What many prompts begin with, read by one model.
+
+    Attributes:
+        ids: its tokens.
+        states: keys and values of each layer, [1, heads, tokens, head size], of all tokens in every layer.
+    """
+
+    ids: tuple[int, ...]
+    states: tuple[tuple[Tensor, Tensor], ...]
+
+    def cache(self, num_rows: int) -> DynamicCache:
+        """The states in front of every row of a batch; the copy is the batch's own."""
+        return DynamicCache(
+            [
+                (keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1))
+                for keys, values in self.states
+            ]
+        )
+
+
+def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> Prefix | None:
+    """Read what many prompts begin with.
+
+    Args:
+        model: a causal language model.
+        ids: at least one token.
+
+    Returns:
+        What `continuation_logits` takes; None if the model's rows must hold the whole prompt.
+    """
+    known = _prefixes.setdefault(model, {})
+    implementation = str(_text_config(model)._attn_implementation)
+    if implementation not in known:
+        known[implementation] = plan(model) == "packed" and _continues_prefixes(model)
+    return _read(model, ids) if known[implementation] else None
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
+    # Without a configuration every layer keeps every token: a window is the mask's business, here as elsewhere.
+    cache = DynamicCache()
+    # The row of a prompt and one continuation is the prompt itself.
+    packed = pack([Branches(ids, [[0]])], 0, model.device)
+    with _unembedding_only(model, packed.places):
+        model(
+            input_ids=packed.input_ids,
+            attention_mask=attention_masks(model, packed),
+            position_ids=packed.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    layers: Any = cache.layers  # a class of its own for every kind
+    return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in layers))
+
+
+def _continues_prefixes(model: PreTrainedModel) -> bool:
+    """Whether rows behind a prefix have the log-probabilities that they have when they hold it."""
+    beginning, *rows = _rows_to_check(_text_config(model), 3)
+    whole = [Branches([*beginning.prompt, *row.prompt], row.continuations) for row in rows]
+    with torch.no_grad(), _in_evaluation(model):
+        prefix = _read(model, beginning.prompt)
+        expected = _logps(model, *_inputs(model, whole, 0, "packed"))
+        found = _logps(model, *_inputs(model, rows, 0, "packed", prefix), prefix)
+        wrong = _logps(model, *_inputs(model, rows, 0, "packed"))
+    difference, yardstick = (float((logps - expected).abs().mean()) for logps in (found, wrong))
+    return difference <= TOLERANCE * yardstick  # not so for NaN
+
+
 def pack(rows: Sequence[Branches], pad_id: int, device: torch.device) -> Packed:
     """Lay rows of branches out as tensors."""
     laid_out = [_lay_out(row) for row in rows]
@@ -141,7 +213,7 @@ def _lay_out(row: Branches) -> tuple[list[int], list[int], list[int], list[int]]
 
 
 def continuation_logits(
-    model: PreTrainedModel, rows: Sequence[Branches], pad_id: int
+    model: PreTrainedModel, rows: Sequence[Branches], pad_id: int, prefix: Prefix | None = None
 ) -> list[list[Tensor]]:
     """The logits that predict each token of each continuation, in one forward pass.
 
@@ -152,12 +224,13 @@ def continuation_logits(
         model: a causal language model.
         rows: at least one.
         pad_id: id to pad with.
+        prefix: what stands in front of every prompt, from `read_prefix` of the same model; no gradient flows into it.
 
     Returns:
         For each row one tensor [continuation length, vocab] per continuation, in the model's dtype.
     """
-    inputs = _inputs(model, rows, pad_id, plan(model, len(rows)))
-    return _by_continuation(_logits(model, *inputs), rows)
+    inputs = _inputs(model, rows, pad_id, plan(model, len(rows)), prefix)
+    return _by_continuation(_logits(model, *inputs, prefix), rows)
 
 
 def continuation_logps(
@@ -180,43 +253,64 @@ def _by_continuation(flat: Tensor, rows: Sequence[Branches]) -> list[list[Tensor
 
 
 def _inputs(
-    model: PreTrainedModel, rows: Sequence[Branches], pad_id: int, how: Plan
+    model: PreTrainedModel,
+    rows: Sequence[Branches],
+    pad_id: int,
+    how: Plan,
+    prefix: Prefix | None = None,
 ) -> tuple[Packed, Masks]:
     """What the model reads: rows of branches, or every continuation in a row of its own."""
     if how == "packed":
         packed = pack(rows, pad_id, model.device)
-        return packed, attention_masks(model, packed)
+        if prefix is None:
+            return packed, attention_masks(model, packed)
+        packed = replace(packed, position_ids=packed.position_ids + len(prefix.ids))
+        return packed, attention_masks(model, packed, len(prefix.ids))
     packed = pack([single for row in rows for single in row.apart()], pad_id, model.device)
     # No word on padding: it stands behind the rows, and causal layers of any kind never look ahead.
     return packed, torch.ones_like(packed.input_ids)
 
 
-def _logits(model: PreTrainedModel, packed: Packed, masks: Masks) -> Tensor:
+def _logits(
+    model: PreTrainedModel, packed: Packed, masks: Masks, prefix: Prefix | None = None
+) -> Tensor:
     """Logits [predictions, vocab]."""
+    before = {} if prefix is None else {"past_key_values": prefix.cache(len(packed.input_ids))}
     with _unembedding_only(model, packed.places):
         logits: Tensor = model(
             input_ids=packed.input_ids,
             attention_mask=masks,
             position_ids=packed.position_ids,
             use_cache=False,
+            **before,
         ).logits
     return logits
 
 
-def _logps(model: PreTrainedModel, packed: Packed, masks: Masks) -> Tensor:
+def _logps(
+    model: PreTrainedModel, packed: Packed, masks: Masks, prefix: Prefix | None = None
+) -> Tensor:
     """Log-probabilities [predictions] of the targets."""
-    logits = _logits(model, packed, masks)
+    logits = _logits(model, packed, masks, prefix)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = packed.targets[packed.places].to(wide.device).unsqueeze(-1)
     return wide.gather(-1, targets).squeeze(-1) - wide.logsumexp(dim=-1)
 
 
-def attention_masks(model: PreTrainedModel, packed: Packed) -> Masks:
-    """The masks of packed rows in the form that a model takes: one, or one per type of layer."""
+def attention_masks(model: PreTrainedModel, packed: Packed, num_before: int = 0) -> Masks:
+    """The masks of packed rows in the form that a model takes: one, or one per type of layer.
+
+    Args:
+        model: that will read the rows.
+        packed: the rows, their positions counted from the beginning of the prefix.
+        num_before: tokens of the prefix, whose states stand in front of every row's.
+    """
     config = _text_config(model)
 
     def taken(window: int | None) -> Tensor:
         seen = packed.mask(window)
+        if num_before:
+            seen = torch.cat([_sees_prefix(packed, num_before, window), seen], dim=-1)
         if config._attn_implementation == "sdpa":
             return seen
         # Eager attention adds the mask to the scores: a boolean one would add 0 and 1, and hide nothing.
@@ -226,6 +320,13 @@ def attention_masks(model: PreTrainedModel, packed: Packed) -> Masks:
     if "sliding_attention" in _layer_types(config):
         return {"full_attention": taken(None), "sliding_attention": taken(config.sliding_window)}
     return taken(_window(config))
+
+
+def _sees_prefix(packed: Packed, num_before: int, window: int | None) -> Tensor:
+    """Which tokens of the prefix each token sees: booleans [rows, 1, length, prefix]."""
+    position = packed.position_ids.unsqueeze(-1)
+    distance = position - torch.arange(num_before, device=position.device)
+    return (distance < (window or torch.inf)).unsqueeze(1)
 
 
 @contextmanager
@@ -248,7 +349,9 @@ def _unembedding_only(model: PreTrainedModel, places: tuple[Tensor, Tensor]) -> 
         handle.remove()
 
 
+# By model and attention implementation: how rows are laid out, and whether they can continue a prefix.
 _decided: WeakKeyDictionary[nn.Module, dict[str, Plan]] = WeakKeyDictionary()
+_prefixes: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def plan(model: PreTrainedModel, num_rows: int = 2) -> Plan:

@@ -1,16 +1,18 @@
 """Stage three: the same items put to the original, the abliterated and the healed model, and what that shows."""
 
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import wandb
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import artifacts, distributed
 from common.artifacts import Stopwatch
@@ -18,15 +20,18 @@ from common.edits import load_edit
 from common.model import load_tokenizer
 from common.recipe import Recipe
 from common.tracking import table
-from eval import direction
+from eval import calibration, direction, flips, parts
 from eval import results as results_file
 from eval import table as results_table
+from eval.answer_cache import AnswerCache
 from eval.benchmarks import Loaded, Subject, component
 from eval.items import MODELS, Item, ModelName
+from eval.report import page as report
+from eval.report import questions
 from eval.results import Limits, Settings
 from eval.subjects import load_subject
 
-VERSION = 3
+VERSION = 4
 # What can change a number; the versions go into results.json, not into the fingerprint.
 LIBRARIES = (
     "torch",
@@ -50,6 +55,8 @@ def check(recipe: Recipe) -> list[str]:
         for spec in recipe.eval.benchmarks
         for problem in component(spec.name).check(spec, recipe)
     ]
+    problems += _engine_problems(recipe)
+    problems += calibration.check(recipe.eval.labels) + list(_label_problems(recipe))
     if problems:
         return problems
     known = [
@@ -63,7 +70,8 @@ def check(recipe: Recipe) -> list[str]:
 def inputs(recipe: Recipe) -> dict[str, object]:
     """What the result depends on besides the models: the settings, and the items' content instead of paths."""
     return {
-        "settings": recipe.eval.model_dump(mode="json", exclude={"benchmarks"}),
+        "settings": recipe.eval.model_dump(mode="json", exclude={"benchmarks", "labels"}),
+        "labels": calibration.fingerprint(recipe.eval.labels),
         "benchmarks": [
             [spec.name, component(spec.name).inputs(spec)] for spec in recipe.eval.benchmarks
         ],
@@ -72,14 +80,36 @@ def inputs(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def items(recipe: Recipe) -> list[str]:
-    """The wording of every item that is measured: no stage before this one may have seen any of them.
+def items(recipe: Recipe) -> dict[str, list[str]]:
+    """The wording of every item of each benchmark and panel: no stage before this one may have seen any of them.
+
+    Also of the items that are not in the part of `eval.part`, so that no training depends on it.
 
     Raises:
         InputError: if a data set cannot be had.
     """
-    by_row = [component(spec.name).texts(spec) for spec in recipe.eval.benchmarks]
-    return list(dict.fromkeys(text for texts in by_row for row in texts.values() for text in row))
+    return {
+        f"{spec.name}[{name}]": texts
+        for spec in recipe.eval.benchmarks
+        for name, texts in component(spec.name).texts(spec).items()
+    }
+
+
+def part_problems(recipe: Recipe, found: Mapping[str, Sequence[str]]) -> list[str]:
+    """Benchmarks that are too small to be measured in parts.
+
+    Args:
+        recipe: its `eval.part`.
+        found: from `items`.
+    """
+    part = recipe.eval.part
+    if part == "all":
+        return []
+    return [
+        f"eval.part: {name} has no item in the part for {part}; a study needs a few dozen"
+        for name, texts in found.items()
+        if not parts.has_items(texts, part)
+    ]
 
 
 def run(
@@ -87,7 +117,8 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate the three models.
 
-    Writes items.jsonl (what each model did on each item) and results.json (what that shows).
+    Writes items.jsonl (what each model did on each item), results.json (what that shows), report.html (the same
+    as a page) and labels.csv (answers for people to judge).
 
     Args:
         recipe: the resolved recipe.
@@ -105,13 +136,16 @@ def run(
         for spec in recipe.eval.benchmarks
         for loaded in component(spec.name).load(spec, tokenizer, batch_size=recipe.eval.batch_size)
     ]
+    if recipe.eval.part != "all":
+        benchmarks = [parts.restrict(loaded, recipe.eval.part) for loaded in benchmarks]
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
     prompts = direction.contrast(recipe, edit)
 
     def look(model: PreTrainedModel) -> direction.Trace:
         return direction.trace(model, edit, tokenizer, prompts, recipe.eval.batch_size)
 
-    measured, traces = _measure(recipe, upstream, benchmarks, look)
+    answers_of = partial(_answers_of, recipe, tokenizer)
+    measured, traces = _measure(recipe, upstream, benchmarks, look, answers_of)
     results = results_file.build(
         _settings(recipe, upstream),
         [loaded.row for loaded in benchmarks],
@@ -121,6 +155,11 @@ def run(
     if distributed.is_main():
         artifacts.write_jsonl(folder / "items.jsonl", [item.record() for item in measured])
         artifacts.write_json(folder / "results.json", results)
+        asked = questions.of(benchmarks)
+        labels = calibration.load_labels(recipe.eval.labels)
+        template = folder / calibration.NAME
+        calibration.write_template(template, measured, asked, labels, recipe.seed)
+        report.write(folder / report.NAME, results, measured, asked, upstream)
         _track(tracker, results, measured)
     distributed.barrier()
     return results
@@ -131,6 +170,7 @@ def _measure(
     upstream: Mapping[str, Path],
     benchmarks: Sequence[Loaded],
     look: Callable[[PreTrainedModel], direction.Trace],
+    answers_of: Callable[[PreTrainedModel], AnswerCache],
 ) -> tuple[list[Item], dict[ModelName, direction.Trace]]:
     """Put all benchmarks to the models in turn; the original stays beside the one under test, a third never."""
     original = load_subject("original", recipe, upstream)
@@ -139,14 +179,20 @@ def _measure(
         model: PreTrainedModel = (
             original if name == "original" else load_subject(name, recipe, upstream)
         )
-        found = [
-            item for loaded in benchmarks for item in _score(loaded, Subject(name, model, original))
-        ]
+        subject = Subject(name, model, original, recipe.eval.engine, answers_of(model))
+        found = [item for loaded in benchmarks for item in _score(loaded, subject)]
         return found, look(model)
 
     by_model = {name: measure(name) for name in MODELS}
     everything = [item for found, _ in by_model.values() for item in found]
     return everything, {name: traced for name, (_, traced) in by_model.items()}
+
+
+def _answers_of(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> AnswerCache:
+    root = artifacts.Store(Path(recipe.output_dir)).root / "requests"
+    return AnswerCache.of(root, model, tokenizer, recipe.eval.engine)
 
 
 def _score(loaded: Loaded, subject: Subject) -> list[Item]:
@@ -171,6 +217,7 @@ def _settings(recipe: Recipe, upstream: Mapping[str, Path]) -> Settings:
         margin=recipe.eval.margin,
         seed=recipe.seed,
         accept={path: Limits(limit.min, limit.max) for path, limit in recipe.eval.accept.items()},
+        labels=calibration.load_labels(recipe.eval.labels),
         provenance={
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -189,6 +236,33 @@ def _fingerprints(upstream: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
 
 def _names(spec: Any) -> list[str]:  # noqa: ANN401  # each benchmark has a spec of its own
     return component(spec.name).names(spec)
+
+
+def _engine_problems(recipe: Recipe) -> Iterator[str]:
+    """Where the engine of the recipe cannot run, or has nothing to do."""
+    engine = recipe.eval.engine
+    if engine == "packed":
+        return
+    if not any(spec.name == "lm_eval" for spec in recipe.eval.benchmarks):
+        yield f"eval.engine: {engine} answers tasks of lm_eval, and no benchmark is one; delete the line"
+    if engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        yield "eval.engine: vLLM is not installed; `pip install vllm` on a machine with a GPU, or choose packed"
+    if distributed.world_size() > 1:
+        yield "eval.engine: vllm takes the GPUs by itself; launch one process, or choose packed"
+    if recipe.abliteration.edit.name == "add":
+        yield "eval.engine: what the edit `add` adds is not in the weights that vllm reads; choose packed"
+
+
+def _label_problems(recipe: Recipe) -> Iterator[str]:
+    """Where labels have nothing to correct, or do not fit what is measured."""
+    if recipe.eval.labels is None:
+        return
+    if not any(spec.name == "refusal" for spec in recipe.eval.benchmarks):
+        yield "eval.labels: corrects rates of refusal, and no benchmark is one; delete the line"
+    if recipe.eval.part != "all":
+        yield "eval.labels: is of answers to whole panels, and a study measures parts of them; delete the line"
 
 
 def _gate_problems(recipe: Recipe, benchmarks: Sequence[str]) -> Iterator[str]:
@@ -216,18 +290,22 @@ def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield from _flat(value, f"{prefix}{key}/")
         elif isinstance(value, list):
             for row in value:
-                if isinstance(row, Mapping):
+                # Rows without a name are a series, which belongs into a picture.
+                if isinstance(row, Mapping) and "name" in row:
                     yield from _flat(row, f"{prefix}{key}/{row['name']}/")
         elif isinstance(value, int | float):
             yield f"{prefix}{key}", float(value)
 
 
 def _flips(measured: Sequence[Item]) -> Iterator[list[Any]]:
-    """One row per item: its values under the three models, and what changed between original and healed."""
+    """One row per item: its values under the three models, and what changed."""
     by_item: dict[tuple[str, str, str | int], dict[str, float]] = {}
     for item in measured:
         by_item.setdefault((item.kind, item.name, item.id), {})[item.model] = item.value
     for (kind, name, number), values in by_item.items():
-        before, after = values.get("original"), values["healed"]
-        flip = "" if before is None or before == after else "up" if after > before else "down"
+        if kind == "benchmarks":
+            flip = flips.change(*(values[model] for model in MODELS))
+        else:
+            before, after = values.get("original"), values["healed"]
+            flip = "" if before is None or before == after else "up" if after > before else "down"
         yield [kind, name, str(number), *(values.get(model) for model in MODELS), flip]

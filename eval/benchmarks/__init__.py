@@ -15,12 +15,13 @@ batches, so that nothing but the weights differs.
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.recipe import Recipe
+from common.recipe import Engine, Recipe
+from eval.answer_cache import AnswerCache
 from eval.items import Item, ModelName, Row
 
 Spec = Any  # each benchmark has a class of its own in the recipe
@@ -35,11 +36,15 @@ class Subject:
         model: its weights.
         original: the original model, which some measures compare with; the model itself for the
             original.
+        engine: what answers the harness's requests.
+        answers: what the model has answered before, on disk.
     """
 
     name: ModelName
     model: PreTrainedModel
     original: PreTrainedModel
+    engine: Engine = "packed"
+    answers: AnswerCache = field(default_factory=AnswerCache)
 
 
 class Loaded(Protocol):

@@ -22,6 +22,7 @@ from common.branches import (
     continuation_logps,
     pack,
     plan,
+    read_prefix,
 )
 from common.edits import Edit, Removal
 from common.hooks import applied_by_hooks, applied_in_trials
@@ -445,3 +446,47 @@ def test_models_that_take_no_masks_have_the_same_results_in_plain_rows(family, c
     assert len(ours) == 1
     assert family in ours[0]
     assert _distance(found, _alone(model)) < 1e-6  # parts of these compute in float32
+
+
+BEGINNING = _draw(30, 20)
+
+
+@pytest.mark.parametrize(("family", "implementation"), CASES)
+@torch.no_grad()
+def test_rows_behind_a_prefix_have_the_logits_they_have_with_it(
+    make, family, implementation, in_float64_throughout
+) -> None:
+    model = make(family, implementation)
+    prefix = read_prefix(model, BEGINNING)
+    assert prefix is not None
+    whole = [Branches([*BEGINNING, *row.prompt], row.continuations) for row in ROWS]
+    for _ in range(2):  # it can be used again
+        found = _flat(continuation_logits(model, ROWS, PAD, prefix))
+        assert _distance(found, _alone(model, whole)) < 1e-10
+
+
+@torch.no_grad()
+def test_a_prefix_is_read_once_for_all_rows(make) -> None:
+    model, read = make(), []
+    prefix = read_prefix(model, BEGINNING)
+    model.model.embed_tokens.register_forward_hook(lambda _m, args, _out: read.append(args[0]))
+    read_prefix(model, BEGINNING)
+    continuation_logits(model, ROWS[1:2], PAD, prefix)
+    assert [ids.shape for ids in read] == [(1, 30), (1, 27)]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
+@torch.no_grad()
+def test_a_window_that_does_not_reach_into_the_prefix_shows(make, family, monkeypatch) -> None:
+    model = make(family, "eager")
+    real = branches._sees_prefix
+    monkeypatch.setattr(branches, "_sees_prefix", lambda packed, n, _window: real(packed, n, None))
+    assert read_prefix(model, BEGINNING) is None
+
+
+@torch.no_grad()
+def test_positions_that_begin_anew_behind_a_prefix_show(make, monkeypatch) -> None:
+    model = make()
+    monkeypatch.setattr(branches, "replace", lambda packed, **_changes: packed)
+    monkeypatch.setitem(branches._decided, model, {"sdpa": "packed"})
+    assert read_prefix(model, BEGINNING) is None

@@ -179,6 +179,7 @@ def _recipe(base: Path, tasks: Path, prompts: Path) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "mini",
+            "output_dir": str(base.with_name("runs")),
             "model": {"name_or_path": str(base), "dtype": "float32"},
             "abliteration": {"prompts": {"harmful": source, "harmless": other}},
             "train": {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, StageError
 from common.recipe import COMPONENTS, Divergence, LmEval, Recipe, Refusal
 from eval import benchmarks
 from eval.benchmarks import Subject, component, divergence, lm_eval, refusal
@@ -228,7 +228,7 @@ def test_divergence_is_read_on_the_originals_answers(byte_tokenizer, make_model,
     original, model = make_model(0), make_model(1)
     panel = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=6)
     items = panel.score(subject(model, "healed", original))
-    for item, answer, prompt in zip(items, panel.answers, panel.prompts, strict=True):
+    for item, answer, prompt in zip(items, panel.texts, panel.prompts, strict=True):
         chat = [{"role": "user", "content": prompt}]
         rendered = byte_tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True
@@ -244,6 +244,47 @@ def test_divergence_is_read_on_the_originals_answers(byte_tokenizer, make_model,
         assert item.details["kl"] == pytest.approx(kl.tolist(), rel=1e-3)
         assert item.details["top1_agreements"] == int((p.argmax(-1) == q.argmax(-1)).sum())
         assert p.argmax(-1).tolist() == answer  # greedy answers of the original, not of the model
+
+
+def test_both_ways_and_the_cross_entropy_are_those_of_the_distributions(
+    byte_tokenizer, make_model, tmp_path
+) -> None:
+    original, model = make_model(0), make_model(1)
+    panel = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=6)
+    forward = panel.score(subject(model, "healed", original))
+    swapped = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=6)
+    swapped.own_answers.extend(panel.own_answers)
+    backward = swapped.score(subject(original, "healed", model))
+    for one, other in zip(forward, backward, strict=True):
+        assert one.details["reverse_kl"] == pytest.approx(other.details["kl"], rel=1e-3)
+        assert min(one.details["kl"] + one.details["reverse_kl"]) >= 0
+        # The original finds its own greedy answers likelier than another model does.
+        assert one.details["original_nll"] < one.details["nll"]
+
+
+def test_every_models_own_answers_are_measured(
+    byte_tokenizer, make_model, tmp_path, monkeypatch
+) -> None:
+    original, model = make_model(0), make_model(1)
+    answers = {id(original): [[5, 6, 7], [], [5]], id(model): [[5] * 8, [5, 6], [9]]}
+    monkeypatch.setattr(divergence, "generate", lambda asked, *_, **__: answers[id(asked)])
+    panel = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=8)
+    first, second, _ = panel.score(subject(model, "healed", original))
+    assert first.details["answer"] == {"num_tokens": 8, "was_cut": True, "repetition": 0.8}
+    assert first.details["original_answer"]["num_tokens"] == 3
+    assert second.details["original_answer"]["num_tokens"] == 0
+    assert second.details["answer"]["was_cut"] is False
+
+
+def test_a_divergence_that_is_no_number_stops_the_stage(
+    byte_tokenizer, make_model, tmp_path
+) -> None:
+    original, model = make_model(0), make_model(1)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    panel = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=3)
+    with pytest.raises(StageError, match=r"divergence of the healed model .* is nan on prompt 0"):
+        panel.score(subject(model, "healed", original))
 
 
 def test_the_end_of_an_answer_is_part_of_it(
