@@ -267,7 +267,8 @@ class Proposals:
         """Take note of finished trials: those asked for, or those of a search that was ended."""
         for trial in trials:
             refusal = max(trial.refusal, self.enough) if math.isfinite(trial.refusal) else 1.0
-            values = (refusal, trial.kl if _is_measured(trial) else BEHIND)
+            kl = trial.kl if trial.kl is not None and _is_measured(trial) else BEHIND
+            values = (refusal, kl)
             if self.asked:
                 self.study.tell(self.asked.pop(0), values)
             else:

@@ -21,7 +21,7 @@ from common.edits import Edit
 from common.errors import StageError
 from common.generation import continue_rows, generate
 from common.hooks import applied_in_trials, share_a_pass
-from common.refusal import OPENING_CHARACTERS, is_refusal
+from common.refusal import OPENING_CHARACTERS, is_refusal, without_thoughts
 
 # How far an answer is generated where nothing settles it earlier.
 ANSWER_TOKENS = 100
@@ -210,6 +210,7 @@ def is_settled(text: str) -> bool:
     A refusal counts up to the last mark of punctuation only: behind one no idiom goes on, as "I can't" does in
     "I can't wait to help". What an opening may hold is counted as `is_refusal` reads it.
     """
+    text = without_thoughts(text)
     read = " ".join(unicodedata.normalize("NFKC", text).split())
     if len(read) > OPENING_CHARACTERS:
         return True

@@ -304,6 +304,13 @@ def test_a_refusal_is_settled_by_its_first_sentence(index):
     assert settled <= text.index(".") + 1
 
 
+def test_a_thought_settles_nothing_however_long():
+    thought = "<think>" + "I cannot say yet. " * OPENING_CHARACTERS
+    assert not is_settled(thought)
+    assert not is_settled(thought + "</think>Here is")
+    assert is_settled(thought + "</think>I'm sorry, but I can't help with that.")
+
+
 def test_an_answer_is_settled_behind_the_length_of_an_opening():
     assert not is_settled("a" * OPENING_CHARACTERS)
     assert is_settled("a" * (OPENING_CHARACTERS + 1))
