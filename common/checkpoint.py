@@ -30,7 +30,17 @@ from common.artifacts import hash_data, require_disk
 from common.edits import SIDECAR, Edit, edited_bias, save_edit
 from common.errors import InputError, StageError
 from common.journal import Journal, journaled
-from common.shards import INDEX, SINGLE, Shard, buffer_for, bytes_of, read_exactly, read_tensor
+from common.shards import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Shard,
+    StoredTensor,
+    buffer_for,
+    bytes_of,
+    read_exactly,
+    read_tensor,
+)
 from common.slices import edit_in_place
 from common.stored_writers import (
     Checkpoint,
@@ -117,6 +127,40 @@ def apply_to_checkpoint(source: Path, edit: Edit, output: Path) -> dict[str, Wri
         shutil.rmtree(partial)
     _sync(output.parent)
     return _written(edit, touched, journal)
+
+
+def edited_tensors(source: Path, edit: Edit) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """The tensors of a model folder as an edit leaves them, one at a time; nothing is written.
+
+    Args:
+        source: a folder with safetensors weights.
+        edit: made for the same architecture, depth and width.
+
+    Yields:
+        Where each lies in the source, and the tensor: a view of a buffer that the next one overwrites.
+
+    Raises:
+        InputError: if the edit does not fit the checkpoint, or a tensor is packed.
+    """
+    checkpoint = open_checkpoint(source)
+    require_fit(checkpoint, edit)
+    edit = replace(edit, removals={n: r for n, r in edit.removals.items() if not r.is_void})
+    folded, _ = additions_by_form(checkpoint, edit)
+    edit = replace(edit, additions=folded)
+    touched = _touched(checkpoint, edit)
+    for shard in checkpoint.shards:
+        buffer = buffer_for(shard.tensors)
+        with shard.path.open("rb", buffering=0) as file:
+            for stored in shard.tensors:
+                if stored.dtype not in DTYPES:
+                    raise InputError(
+                        f"model: {shard.path}: {stored.name} is stored as {stored.dtype}; name the full-precision "
+                        f"source ({', '.join(DTYPES)})"
+                    )
+                tensor = read_tensor(file, stored, buffer)
+                if stored.name in touched[shard.name]:
+                    _edit_tensor(tensor, touched[shard.name][stored.name], edit)
+                yield stored, tensor
 
 
 def _require_free(output: Path, source: Path) -> None:

@@ -32,7 +32,16 @@ def load_healed(recipe: Recipe, upstream: Mapping[str, Path]) -> PreTrainedModel
     adapter = upstream["train"] / "adapter"
     if not adapter.is_dir():
         return load_model(upstream["train"] / "model", dtype=recipe.model.dtype)
-    base = load_model(upstream["abliteration"] / "model", dtype=recipe.model.dtype)
+    return load_merged(upstream["abliteration"] / "model", adapter, recipe.model.dtype)
+
+
+def load_merged(folder: Path, adapter: Path, dtype: str) -> PreTrainedModel:
+    """A model with an adapter merged into its weights.
+
+    Raises:
+        StageError: if merging gives weights that are not finite.
+    """
+    base = load_model(folder, dtype=dtype)
     try:
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
     except ValueError as error:

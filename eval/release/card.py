@@ -10,32 +10,23 @@ from typing import Any
 import yaml
 
 from common.edits import SIDECAR, Edit
-from common.recipe import AbliterationPrompts, OnPolicy, PromptSource, Recipe, ValidationPrompts
+from common.recipe import (
+    AbliterationPrompts,
+    LmEval,
+    OnPolicy,
+    PromptSource,
+    Recipe,
+    ValidationPrompts,
+)
 from eval.release import edit as edit_words
+from eval.release import licences
+from eval.release.loading import EXAMPLE, Loading, guard_example, lines
 from eval.table import card_tables, interval
 
-PIPELINE = 'pipeline("text-generation", model="path/to/this/folder")'
-# Behind the lines that load a model whose additions are made by hooks.
-HOOKED_PIPELINE = 'pipeline("text-generation", model=model, tokenizer=tokenizer)'
-GUARD_EXAMPLE = f"""\
-```python
-from transformers import pipeline
-
-chat = {PIPELINE}
-
-
-def is_allowed(text: str) -> bool:
-    \"\"\"Put your guard model and policy here; this one lets nothing pass.\"\"\"
-    return False
-
-
-def answer(prompt: str) -> str:
-    if not is_allowed(prompt):
-        return "This request is not served here."
-    turns = chat([{{"role": "user", "content": prompt}}], max_new_tokens=512)[0]["generated_text"]
-    reply = turns[-1]["content"]
-    return reply if is_allowed(reply) else "This answer is withheld."
-```"""
+GATE = (
+    "What this model says is the responsibility of whoever runs it: serve it behind a guard, and within the licence "
+    "and use policy of its base."
+)
 
 APPLY_EXAMPLE = """\
 ```python
@@ -54,6 +45,7 @@ def model_card(
     healing: Mapping[str, Any],
     files: Sequence[str],
     *,
+    loading: Loading = "weights",
     task: str = "text-generation",
     thinks: bool = False,
 ) -> str:
@@ -65,21 +57,24 @@ def model_card(
         results: of the evaluation.
         healing: summary of the training.
         files: names in the release, for the list of files.
+        loading: how the release is loaded.
         task: of transformers' pipelines.
         thinks: the base thinks before it answers, and was asked with an empty thought.
     """
     front = yaml.safe_dump(
         front_matter(recipe, edit, results, task), sort_keys=False, allow_unicode=True
     )
+    base = str(edit.about["base_model"])
     sections = (
         _introduction(recipe, edit),
+        _use(loading, base, task),
         _results(results, thinks),
-        _edited(recipe, edit, results, files),
+        _edited(recipe, edit, results, loading),
         _healed(recipe, edit, healing),
         _refusals(results),
-        _safety(files, task),
+        _safety(guard_example(loading, base, task)),
         _licence(recipe, edit, files),
-        _reproduce(files),
+        _reproduce(recipe, files),
         _files(files),
     )
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
@@ -90,17 +85,19 @@ def front_matter(
 ) -> dict[str, Any]:
     """The card's metadata as the hub reads it."""
     release = recipe.release
+    is_adapter = release.form == "adapter"
     found: dict[str, Any] = {
         "base_model": edit.about["base_model"],
-        "base_model_relation": "finetune",
+        "base_model_relation": "adapter" if is_adapter else "finetune",
         "license": release.license,
         "license_name": release.license_name,
         "license_link": release.license_link,
         "language": list(release.language),
-        "library_name": "transformers",
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": task,
         "tags": _tags(recipe, edit),
         "datasets": _hub_datasets(recipe) or None,
+        "extra_gated_prompt": f"{edit_words.purpose(edit)}. {GATE}",
         "model-index": _model_index(recipe, results),
     }
     return {key: value for key, value in found.items() if value is not None}
@@ -137,6 +134,12 @@ def _sources(prompts: AbliterationPrompts | ValidationPrompts) -> list[PromptSou
 
 
 def _model_index(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shots = {
+        task: spec.num_fewshot
+        for spec in recipe.eval.benchmarks
+        if isinstance(spec, LmEval) and spec.num_fewshot is not None
+        for task in spec.tasks
+    }
     measured = [
         *((row["name"], row["metric"], row) for row in results["benchmarks"]),
         *(
@@ -158,6 +161,7 @@ def _model_index(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, A
                         "confidence": 0.95,
                         "low": _rounded(row["healed"]["low"]),
                         "high": _rounded(row["healed"]["high"]),
+                        **({"num_fewshot": shots[name]} if name in shots else {}),
                     },
                 }
             ],
@@ -173,8 +177,10 @@ def _rounded(value: float) -> float:
 
 def _introduction(recipe: Recipe, edit: Edit) -> str:
     revision = f" (revision {edit.about['revision']})" if edit.about.get("revision") else ""
+    banner = licences.duties_of(recipe.release.license, recipe.release.license_name).banner
+    shown = f"**{banner}**\n\n" if banner else ""
     return (
-        f"# {recipe.name}\n\n"
+        f"# {recipe.name}\n\n{shown}"
         f"{edit.about['base_model']}{revision} {edit_words.headline(edit)}, and healed: trained to win back what "
         "that broke, and measured against both models it comes from.\n\n"
         f"{edit_words.purpose(edit)}; what it still refuses stands below. Read the section on safety before "
@@ -200,12 +206,22 @@ def _results(results: Mapping[str, Any], thinks: bool) -> str:
     )
 
 
-def _edited(recipe: Recipe, edit: Edit, results: Mapping[str, Any], files: Sequence[str]) -> str:
+def _use(loading: Loading, base: str, task: str) -> str:
+    code = lines(loading, base, task)
+    start = "from transformers import pipeline\n\n"
+    ask = 'print(chat([{"role": "user", "content": "..."}])[0]["generated_text"][-1]["content"])'
+    return (
+        f'## Use\n\n```python\n{start}folder = "path/to/this/folder"\n{code}\n{ask}\n```\n\n'
+        "Put a guard around it before anyone else may ask: see the section on safety."
+    )
+
+
+def _edited(recipe: Recipe, edit: Edit, results: Mapping[str, Any], loading: Loading) -> str:
     paragraphs = [
         f"## What was {'removed' if edit.removals else 'added'}",
         *edit_words.description(recipe, edit),
     ]
-    if SIDECAR in files:
+    if loading == "hooked":
         paragraphs.append(edit_words.loading())
     residual = results["direction"]["residual"]
     if residual is not None:
@@ -253,82 +269,104 @@ def _settings(block: Mapping[str, Any]) -> str:
 
 
 def _refusals(results: Mapping[str, Any]) -> str:
-    lines = ["## What it still refuses", ""]
-    for row in results["refusal"]:
+    paragraphs = ["## What it still refuses", _refusal_lines(results["refusal"])]
+    categories = [
+        (row["name"], each) for row in results["refusal"] for each in row.get("by_category", ())
+    ]
+    if categories:
+        paragraphs.append(_by_category(categories))
+    paragraphs.append(_judged(results.get("refusal_instrument")))
+    return "\n\n".join(paragraphs)
+
+
+def _refusal_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for row in rows:
         what = (
             "harmless prompts (over-refusal)"
             if row["harmless"]
             else "prompts that the original refuses"
         )
         lines.append(
-            f"- {row['name']}, {row['n']} {what}: {interval(row['healed'])} refused by the healed "
-            f"model, "
-            f"{interval(row['abliterated'])} by the abliterated and {interval(row['original'])} "
-            f"by the original."
+            f"- {row['name']}, n = {row['n']} {what}: {interval(row['healed'])} refused by the healed model, "
+            f"{interval(row['abliterated'])} by the abliterated and {interval(row['original'])} by the original."
         )
-    if not results["refusal"]:
-        lines.append("Not measured.")
-    lines += [
-        "",
-        "Refusals are counted by a rule over the openings of greedy answers; not refusing is not "
-        "yet answering.",
+    return "\n".join(lines) if lines else "Not measured."
+
+
+def _by_category(categories: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Rates by panel and category as a table."""
+    lines = [
+        "| panel | category | n | original | abliterated | healed |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    return "\n".join(lines)
+    for panel, row in categories:
+        rates = (interval(row[model]) for model in ("original", "abliterated", "healed"))
+        cells = (panel, str(row["category"]), str(row["n"]), *rates)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(["**Refusals by category (rate, 95 % interval)**", "", *lines])
 
 
-def _safety(files: Sequence[str], task: str) -> str:
-    if SIDECAR in files:
-        example = GUARD_EXAMPLE.replace(PIPELINE, HOOKED_PIPELINE + "  # loaded as above")
-    else:
-        example = GUARD_EXAMPLE.replace("text-generation", task)
+def _judged(instrument: Mapping[str, Any] | None) -> str:
+    limits = "Not refusing is not yet answering."
+    if instrument is None:
+        return f"Refusals are counted by a rule over the openings of greedy answers. {limits}"
+    return (
+        f"Refusals are counted by {instrument['name']}. On {instrument['measured_on']} it agrees with people on "
+        f"{instrument['agreement']:.3f} of the answers (kappa {instrument['kappa']:.2f}) and misses a model's share of "
+        f"refusals by up to {instrument['rate_error']:.3f}: read every number above with that in mind. {limits}"
+    )
+
+
+def _safety(example: str) -> str:
     return (
         "## Safety\n\n"
-        "What a model refuses by itself is not a control: it can be removed, as here, and the "
-        "removal is small. "
-        "Whoever serves this model needs controls of their own:\n\n"
+        "What a model refuses by itself is not a control: it can be removed, as here, and the removal is small. What "
+        "this one still refuses, and how often, stands above. Whoever serves it needs controls of their own:\n\n"
         "- a guard model in front of it and behind it, with a written policy;\n"
         "- logs of requests and answers, with a way to report and to withdraw;\n"
         "- limits on rate, length and tools, and people who answer for the service.\n\n"
-        "A frame for a guard in front and behind:\n\n"
-        f"{example}\n\n"
-        "Intended: research on refusal and on its side effects, red teaming, and use where "
-        "over-refusal is the problem "
-        "and the deployer controls access. Out of scope: public deployment without guards, advice "
-        "on which people's "
-        "health, law or money depends without a responsible person, and anything the base model's "
-        "licence or use "
-        "policy forbids. Distribute it with gated access where your platform offers that. This "
-        "repository holds no "
-        "harmful prompts and no answers to any."
+        f"A frame for a guard in front and behind, `{EXAMPLE.name}` in this folder:\n\n"
+        f"```python\n{example.rstrip()}\n```\n\n"
+        "Intended: research on refusal and on its side effects, red teaming, and use where over-refusal is the problem "
+        "and the deployer controls access. Out of scope: public deployment without guards, advice on which people's "
+        "health, law or money depends without a responsible person, and anything the base model's licence or use "
+        "policy forbids. Distribute it with gated access where your platform offers that (the metadata of this card "
+        "holds a text for it). This repository holds no harmful prompts and no answers to any: hashes stand "
+        "in their place. Report what goes wrong in this repository's discussions."
     )
 
 
 def _licence(recipe: Recipe, edit: Edit, files: Sequence[str]) -> str:
-    release = recipe.release
+    release, base = recipe.release, edit.about["base_model"]
     name = release.license_name or release.license
     link = f" ({release.license_link})" if release.license_link else ""
-    copied = [file for file in files if file.startswith(("LICENSE", "NOTICE"))]
+    copied = [file for file in files if file.startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
     beside = f" Its files are beside this card: {', '.join(copied)}." if copied else ""
+    duties = licences.duties_of(release.license, release.license_name)
+    policy = f" Acceptable use: {duties.policy}." if duties.policy else ""
+    banner = f" {duties.banner}." if duties.banner else ""
     return (
-        f"## Licence\n\n{name}{link}. The licence and the acceptable-use policy of "
-        f"{edit.about['base_model']} apply to "
-        f"this model too, and those of the data it was trained on.{beside}"
+        f"## Licence\n\n{name}{link}. The licence and the acceptable-use policy of {base} apply to this model too, "
+        f"and those of the data it was trained on.{policy}{banner}{beside} The weights were changed, as this card says."
     )
 
 
-def _reproduce(files: Sequence[str]) -> str:
+def _reproduce(recipe: Recipe, files: Sequence[str]) -> str:
     adapter = (
-        "\n\nThe adapter belongs on the base with `edit.safetensors` applied, not on the base "
-        "itself."
+        "\n\nThe adapter belongs on the base with `edit.safetensors` applied, not on the base itself."
         if any(Path(file).parts[0] == "adapter" for file in files)
         else ""
     )
+    revision = f" at revision {recipe.model.revision}" if recipe.model.revision else ""
     return (
         "## Reproduce\n\n"
-        "```\nsha256sum -c SHA256SUMS\npython train/run.py recipe.yaml\n```\n\n"
-        "`recipe.yaml` is the resolved recipe, with paths relative to the folder the command is "
-        "run in; `results.json` names versions, seed and fingerprints. `edit.safetensors` holds what "
-        "was done to each matrix. The refusal direction alone, with where it was found:\n\n"
+        "```\nsha256sum -c SHA256SUMS\npython -m eval verify path/to/this/folder --base path/to/the/base\n"
+        "python train/run.py recipe.yaml\n```\n\n"
+        f"The second line makes the weights again, from the base{revision}, the edit and the adapter, and compares "
+        "every tensor's hash; the third repeats everything, from the resolved recipe, with paths relative to the "
+        "folder the command is run in. `reproduce/` names versions, seed, data and hashes. `edit.safetensors` holds "
+        "what was done to each matrix. The refusal direction alone, with where it was found:\n\n"
         f"{APPLY_EXAMPLE}{adapter}"
     )
 
@@ -340,8 +378,13 @@ def _files(files: Sequence[str]) -> str:
         "edit.safetensors": "every vector that was removed or added, where and how strongly",
         SIDECAR: "what is added to the residual stream beside the weights",
         "adapter/adapter_model.safetensors": "what healing changed",
+        "edit_adapter/adapter_model.safetensors": "the edit as an adapter of the base",
+        EXAMPLE.name: "a guard in front of the model and behind it",
         "recipe.yaml": "how all of this was made",
+        "reproduce/README.md": "how to make it again, with versions, seed and a hash of every tensor",
         "results.json": "every number above, and more",
+        "items.jsonl": "what every model did on every item, with hashes in place of texts",
+        "report.html": "the evaluation as a page",
         "SHA256SUMS": "checksums of all files",
     }
     lines = [

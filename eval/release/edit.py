@@ -6,15 +6,6 @@ from typing import Any
 from common.edits import SIDECAR, Edit
 from common.recipe import Recipe
 
-# What a release with such a file needs: the weights alone are another model.
-LOAD_EXAMPLE = """\
-```python
-from common.model import load_model, load_tokenizer  # in the folder that holds train/run.py
-
-model = load_model("path/to/this/folder")
-tokenizer = load_tokenizer("path/to/this/folder")
-```"""
-
 NORMS = {
     "column_norm": "Then the norm of every column was restored: how much each input writes.",
     "row_norm": "Then the norm of every row was restored: how much is written to each coordinate. A part of the "
@@ -60,7 +51,7 @@ def loading() -> str:
     return (
         f"What is added is in `{SIDECAR}`, since no bias of the model brings it to the residual stream as it is. "
         "transformers, and what is built on it, loads the weights alone and answers without it. The project that "
-        f"made this release adds it by hooks:\n\n{LOAD_EXAMPLE}"
+        "made this release adds it by hooks, as under Use."
     )
 
 

@@ -15,13 +15,19 @@ from common.edits import SIDECAR, Edit
 from common.errors import StageError
 from common.model import tokenizer_files
 from common.recipe import Recipe, dump, resolved
+from eval.release import licences
 
 # transformers would write files of 50 GB, which hubs and file systems refuse.
 SHARD_SIZE = "5GB"
 SUMS = "SHA256SUMS"
-LICENCE_FILES = ("LICENSE*", "NOTICE*")
+ITEMS = "items.jsonl"
+# The store's own record of the stage, written when the release is finished; it is not published.
+NOT_RELEASED = frozenset({SUMS, artifacts.MANIFEST})
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-TEXT_SUFFIXES = frozenset({".json", ".yaml", ".md", ".jinja", ".txt"})
+TEXT_SUFFIXES = frozenset({".html", ".json", ".jsonl", ".yaml", ".md", ".jinja", ".py", ".txt"})
+# What stands in an item's details and is no text: the classes of an answer.
+CLASSES = frozenset({"full_refusal", "partial_refusal", "compliance", "degenerate"})
+HASHED = "sha256:"
 
 
 def empty(folder: Path) -> None:
@@ -33,18 +39,50 @@ def empty(folder: Path) -> None:
             entry.unlink()
 
 
-def write_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
-    """Write the full weights and configurations, with the base's tokenizer, template and licence beside them.
-
-    Those are copied byte for byte: saving a loaded tokenizer again would keep what loading changed (its padding
-    side, a template that opens answers behind an empty thought).
-    """
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write the full weights and configurations."""
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    licences = [file for pattern in LICENCE_FILES for file in sorted(base.glob(pattern))]
-    for file in [*tokenizer_files(base), *licences]:
+
+
+def write_tokenizer(base: Path, folder: Path) -> None:
+    """Copy the base's tokenizer, template, processor and licence.
+
+    Byte for byte: saving a loaded tokenizer again would keep what loading changed (its padding side, a template that
+    opens answers behind an empty thought).
+    """
+    for file in [*tokenizer_files(base), *licences.files(base)]:
         target = folder / file.relative_to(base)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
+
+
+def write_items(source: Path, folder: Path) -> None:
+    """Write what every model did on every item, with hashes in place of all texts.
+
+    Whoever has the data can tell which answers were the same; whoever has not learns none of them.
+    """
+    artifacts.write_jsonl(
+        folder / ITEMS,
+        [
+            {
+                **row,
+                "id": _without_texts(row["id"]),
+                "cluster": _without_texts(row["cluster"]),
+                "details": _without_texts(row["details"]),
+            }
+            for row in artifacts.read_jsonl(source)
+        ],
+    )
+
+
+def _without_texts(value: Any) -> Any:  # noqa: ANN401  # any JSON value
+    if isinstance(value, Mapping):
+        return {key: _without_texts(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_texts(inner) for inner in value]
+    if isinstance(value, str) and value not in CLASSES:
+        return HASHED + artifacts.hash_text(value)
+    return value
 
 
 def write_additions(abliterated: Path, folder: Path) -> None:
@@ -64,6 +102,9 @@ def write_adapter(adapter: Path, folder: Path) -> None:
         shutil.copyfile(adapter / name, folder / name)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = None
+    if isinstance(settings.get("target_modules"), list):
+        # PEFT keeps them in a set, whose order changes between processes.
+        settings["target_modules"].sort()
     artifacts.write_json(folder / "adapter_config.json", settings)
 
 
@@ -102,15 +143,26 @@ def portable_recipe(recipe: Recipe) -> str:
     return dump(Recipe.model_validate(portable(resolved(recipe))))
 
 
+def released_files(folder: Path) -> list[str]:
+    """The names of all files of a release that its checksums cover, sorted; not what the hub or git add to a copy."""
+    names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(
+        name.as_posix()
+        for name in names
+        if str(name) not in NOT_RELEASED and not name.parts[0].startswith((".git", ".cache"))
+    )
+
+
+def checksums(folder: Path) -> str:
+    """What SHA256SUMS has to say of a folder as it is."""
+    return "".join(
+        f"{artifacts.hash_file(folder / name)}  {name}\n" for name in released_files(folder)
+    )
+
+
 def write_checksums(folder: Path) -> None:
     """Write SHA256SUMS over all files, sorted; `sha256sum -c SHA256SUMS` checks them."""
-    names = sorted(
-        str(file.relative_to(folder))
-        for file in folder.rglob("*")
-        if file.is_file() and file.name != SUMS
-    )
-    lines = [f"{artifacts.hash_file(folder / name)}  {name}\n" for name in names]
-    artifacts.write_text(folder / SUMS, "".join(lines))
+    artifacts.write_text(folder / SUMS, checksums(folder))
 
 
 def require_portable(folder: Path, machine_paths: Iterable[Path]) -> None:

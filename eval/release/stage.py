@@ -3,15 +3,18 @@
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import wandb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import artifacts, distributed
-from common.edits import load_edit
+from common.edits import SIDECAR, Edit, load_edit
 from common.errors import GateError, InputError
+from common.lora import save_adapter
 from common.model import (
     auto_class,
     load_config,
@@ -21,12 +24,18 @@ from common.model import (
     weight_files,
 )
 from common.recipe import Recipe
+from common.stored_writers import additions_by_form, open_checkpoint
 from eval.release import folder as release_folder
+from eval.release import licences, publication
 from eval.release.card import model_card
+from eval.release.hashes import hash_tensors
+from eval.release.leaderboards import write_leaderboards
+from eval.release.loading import EXAMPLE, Loading, guard_example
+from eval.release.reproduction import write_reproduction
 from eval.results import missed
 from eval.subjects import load_healed
 
-VERSION = 2
+VERSION = 3
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +46,19 @@ def check(recipe: Recipe) -> list[str]:
         base = resolve(recipe.model.name_or_path, recipe.model.revision)
     except InputError as error:
         return [str(error)]
-    has_tokenizer = bool(tokenizer_files(base))
-    return [] if has_tokenizer else [f"model: {base} has no tokenizer files to release; add them"]
+    problems = []
+    if not tokenizer_files(base):
+        problems.append(f"model: {base} has no tokenizer files to release; add them")
+    release = recipe.release
+    if release.form == "adapter" and recipe.train.adapter is None:
+        problems.append(
+            "release.form: adapter needs an adapter, but train.adapter is null, so all weights are trained; give "
+            "train.adapter, or release the full weights"
+        )
+    if release.push_to_hub is not None:
+        wrong = licences.name_problem(release.push_to_hub, release.license, release.license_name)
+        problems += [f"release.push_to_hub: {wrong}"] if wrong else []
+    return problems
 
 
 def inputs(recipe: Recipe) -> dict[str, object]:
@@ -50,13 +70,13 @@ def inputs(recipe: Recipe) -> dict[str, object]:
 
 
 def disk_bytes(recipe: Recipe) -> int:
-    """The room that the release takes: the full weights."""
+    """The room that the release takes: the full weights, which an adapter's release needs for a while too."""
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
     return sum(file.stat().st_size for file in weight_files(base))
 
 
 def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wandb.Run) -> None:
-    """Write the release.
+    """Write the release, and upload it where the recipe names a repository.
 
     Args:
         recipe: the resolved recipe.
@@ -66,45 +86,104 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
 
     Raises:
         GateError: if the evaluation missed a gate.
-        StageError: if the release would hold a path of this machine.
+        StageError: if the release would hold a path of this machine, or must not be uploaded as it is.
     """
     results = json.loads((upstream["eval"] / "results.json").read_text(encoding="utf-8"))
     if not results["accept"]["passed"]:
         raise GateError("\n".join(missed(results)))
     if distributed.is_main():
-        _write(recipe, folder, upstream)
-        files = [file for file in folder.rglob("*") if file.is_file()]
+        _write(recipe, folder, upstream, results)
+        files = [folder / name for name in release_folder.released_files(folder)]
         num_bytes = sum(file.stat().st_size for file in files)
         tracker.summary.update({"files": len(files), "bytes": num_bytes})
         logger.info("release: %d files, %.1f MiB", len(files), num_bytes / 2**20)
+        if recipe.release.push_to_hub is not None:
+            address = publication.publish(folder, recipe.release.push_to_hub)
+            logger.info("release: uploaded to %s", address)
     distributed.barrier()
 
 
-def _write(recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
+def _write(
+    recipe: Recipe, folder: Path, upstream: Mapping[str, Path], results: Mapping[str, Any]
+) -> None:
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
-    edit_path = upstream["abliteration"] / "edit.safetensors"
-    adapter = upstream["train"] / "adapter"
-    edit = load_edit(edit_path)
-
+    edit = load_edit(upstream["abliteration"] / "edit.safetensors")
     release_folder.empty(folder)
-    release_folder.write_model(load_healed(recipe, upstream), base, folder)
-    release_folder.write_additions(upstream["abliteration"] / "model", folder)
-    if adapter.is_dir():
-        release_folder.write_adapter(adapter, folder / "adapter")
+    weights = _write_weights(recipe, base, edit, folder, upstream)
+    release_folder.write_tokenizer(base, folder)
     release_folder.write_direction(edit, folder)
-    shutil.copyfile(edit_path, folder / "edit.safetensors")
-    shutil.copyfile(upstream["eval"] / "results.json", folder / "results.json")
-    artifacts.write_text(folder / "recipe.yaml", release_folder.portable_recipe(recipe))
+    shutil.copyfile(upstream["abliteration"] / "edit.safetensors", folder / "edit.safetensors")
+    _write_evidence(folder, upstream["eval"], results)
 
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    healing = json.loads((upstream["train"] / "summary.json").read_text(encoding="utf-8"))
-    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    card = model_card(recipe, edit, results, healing, files, task=_task(base), thinks=_thinks(base))
-    artifacts.write_text(folder / "README.md", card)
+    portable = release_folder.portable_recipe(recipe)
+    artifacts.write_text(folder / "recipe.yaml", portable)
+    write_reproduction(recipe, base, weights, results, portable, folder)
+    _write_words(recipe, base, edit, folder, upstream, results)
     release_folder.require_portable(
         folder, [Path.cwd(), Path.home(), *(path.resolve() for path in upstream.values())]
     )
     release_folder.write_checksums(folder)
+
+
+def _write_weights(
+    recipe: Recipe, base: Path, edit: Edit, folder: Path, upstream: Mapping[str, Path]
+) -> dict[str, str]:
+    """Write weights or what makes them out of the base's; returns the hashes of the healed model's tensors."""
+    adapter = upstream["train"] / "adapter"
+    if adapter.is_dir():
+        release_folder.write_adapter(adapter, folder / "adapter")
+    release_folder.write_additions(upstream["abliteration"] / "model", folder)
+    if recipe.release.form == "full":
+        release_folder.write_model(load_healed(recipe, upstream), folder)
+        return hash_tensors(folder)
+    if _has_adapter_form(base, edit):
+        save_adapter(base, edit, folder / "edit_adapter")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".weights-") as temporary:
+        release_folder.write_model(load_healed(recipe, upstream), Path(temporary))
+        return hash_tensors(Path(temporary))
+
+
+def _has_adapter_form(base: Path, edit: Edit) -> bool:
+    """Whether PEFT can apply the edit too: low rank, and nothing that only hooks can add."""
+    _, beside = additions_by_form(open_checkpoint(base), edit)
+    return edit.is_low_rank() and not beside
+
+
+def _write_evidence(folder: Path, evaluation: Path, results: Mapping[str, Any]) -> None:
+    shutil.copyfile(evaluation / "results.json", folder / "results.json")
+    release_folder.write_items(evaluation / "items.jsonl", folder)
+    write_leaderboards(results, folder)
+    report = evaluation / "report.html"
+    if report.is_file():
+        shutil.copyfile(report, folder / "report.html")
+
+
+def _write_words(
+    recipe: Recipe,
+    base: Path,
+    edit: Edit,
+    folder: Path,
+    upstream: Mapping[str, Path],
+    results: Mapping[str, Any],
+) -> None:
+    """Write the card, the notices, and the example of a guard."""
+    duties = licences.duties_of(recipe.release.license, recipe.release.license_name)
+    base_name = str(edit.about["base_model"])
+    artifacts.write_text(folder / licences.NOTICE, licences.notice(base, base_name, duties))
+    task, how = _task(base), _loading(recipe, folder)
+    artifacts.write_text(folder / EXAMPLE.name, guard_example(how, base_name, task))
+    healing = json.loads((upstream["train"] / "summary.json").read_text(encoding="utf-8"))
+    files = release_folder.released_files(folder)
+    card = model_card(
+        recipe, edit, results, healing, files, loading=how, task=task, thinks=_thinks(base)
+    )
+    artifacts.write_text(folder / "README.md", card)
+
+
+def _loading(recipe: Recipe, folder: Path) -> Loading:
+    if recipe.release.form == "adapter":
+        return "adapters" if (folder / "edit_adapter").is_dir() else "edited"
+    return "hooked" if (folder / SIDECAR).is_file() else "weights"
 
 
 def _task(base: Path) -> str:

@@ -4,17 +4,21 @@ Run: python -m pytest tests/unit/eval/test_release.py
 """
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint import apply_to_checkpoint
@@ -23,23 +27,28 @@ from common.errors import GateError, StageError
 from common.hooks import add_for_good
 from common.model import load_model, load_tokenizer
 from common.recipe import load_recipe
-from eval import stage as evaluation
 from eval.release import edit as edit_words
 from eval.release import folder as release_folder
 from eval.release import stage
-from eval.release.card import GUARD_EXAMPLE, front_matter, model_card
+from eval.release.card import front_matter, model_card
+from eval.release.leaderboards import write_leaderboards
+from eval.release.lint import lint
+from eval.release.loading import EXAMPLE, guard_example, lines
+from eval.release.verification import verify
 from eval.subjects import load_healed
 from tests.editing import edit_of, vector
+from tests.releasing import Tracker, make_upstream, recipe_of, write_evaluation
+from tests.releasing import write_release as make_release
 from tests.unit.eval.conftest import about
-from tests.unit.eval.test_stage import Tracker, changed
+from tests.unit.eval.test_stage import changed
 
 
-def evaluate(finished, tmp_path) -> dict:
+def evaluate(finished, tmp_path) -> None:
+    """Leave what an evaluation would: tests of the main road go through a real one."""
     folder = tmp_path / "eval"
     folder.mkdir()
-    results = evaluation.run(finished.recipe, folder, finished.upstream, Tracker())
+    write_evaluation(folder)
     finished.upstream["eval"] = folder
-    return results
 
 
 def write_release(evaluated, tmp_path) -> Path:
@@ -183,9 +192,9 @@ def test_the_cards_metadata_is_what_the_hub_reads(release) -> None:
     front = yaml.safe_load((release / "README.md").read_text().split("---\n")[1])
     _, found = model_index_to_eval_results(front["model-index"])
     assert all(isinstance(result, EvalResult) for result in found)
-    assert [result.dataset_name for result in found] == ["letters", "sums", "restricted"]
+    assert [result.dataset_name for result in found] == ["letters", "restricted"]
     args = found[0].metric_args
-    assert args["n"] == 10
+    assert args["n"] == 40
     assert args["low"] <= found[0].metric_value <= args["high"]
 
 
@@ -198,14 +207,14 @@ def test_the_card_says_what_was_done_and_measured(evaluated, release) -> None:
         in card
     )
     for text in (
-        "| letters (acc) | 10 |",
+        "| letters (acc) | 40 |",
         "layer 1, token position -1",
         "not write along the removed direction",
         "original model, weight 1",
         "3 steps",
         "strength 1",
         "guard",
-        "Its files are beside this card: LICENSE.",
+        "Its files are beside this card: LICENSE, NOTICE.",
         "sha256sum -c SHA256SUMS",
     ):
         assert text in card
@@ -251,8 +260,7 @@ def test_several_templates_and_the_files_of_a_processor_are_released_too(
 
 def test_what_no_weight_can_hold_is_released_beside_the_weights(finish, tmp_path) -> None:
     finished = finish("add", strength=-2.0)
-    results = evaluate(finished, tmp_path)
-    assert results["direction"]["residual"] is None
+    evaluate(finished, tmp_path)
     release = write_release(finished, tmp_path)
     ids = torch.arange(20)[None]
     with torch.inference_mode():
@@ -271,8 +279,8 @@ def test_what_no_weight_can_hold_is_released_beside_the_weights(finish, tmp_path
         "## What was added",
         "beside model.layers.0.mlp.down_proj (add, -2 times its own length",
         "transformers, and what is built on it, loads the weights alone and answers without it",
-        'model = load_model("path/to/this/folder")',
-        "model=model, tokenizer=tokenizer)  # loaded as above",
+        "model, tokenizer = load_model(folder), load_tokenizer(folder)",
+        "model=model, tokenizer=tokenizer)",
         f"- `{SIDECAR}`: what is added",
         "Training could write along any direction",
         "activation-addition",
@@ -297,7 +305,7 @@ def test_a_release_of_weights_alone_has_no_additions_and_says_nothing_of_them(re
     assert not (release / SIDECAR).exists()
     card = (release / "README.md").read_text()
     assert SIDECAR not in card
-    assert "load_model" not in card
+    assert "common.model" not in card
     assert "empty thought" not in card
 
 
@@ -399,7 +407,7 @@ def test_a_model_that_sees_is_served_by_another_pipeline(evaluated, build_model,
     edit = edit_of(build_model("llava"), about=about())
     given = (evaluated.recipe, edit, results, {"pairs": 1, "steps": 1}, [])
     card = model_card(*given, task="image-text-to-text")
-    assert 'pipeline("image-text-to-text", model="path' in card
+    assert card.count('pipeline("image-text-to-text", model=folder)') == 2
     assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
@@ -430,24 +438,54 @@ def test_data_sets_of_every_kind_of_prompts_are_named(evaluated, build_model) ->
     ]
 
 
-def test_the_guard_example_runs(monkeypatch) -> None:
-    code = GUARD_EXAMPLE.removeprefix("```python\n").removesuffix("```")
-    asked = []
+def load_example(text: str, monkeypatch, answers: list[str], asked: list) -> dict:
+    """The example as a module, with stubs in place of the model and of a guard that knows one bad word."""
 
-    def pipeline(*_args, **_settings):
+    def pipeline(task: str, **_settings):
         def chat(turns, **_settings):
             asked.append(turns)
-            return [{"generated_text": [*turns, {"role": "assistant", "content": "fine"}]}]
+            reply = {"role": "assistant", "content": answers.pop(0)}
+            return [{"generated_text": [*turns, reply]}]
 
-        return chat
+        def classify(text, **_settings):
+            return [{"label": "unsafe" if "bad" in text else "SAFE", "score": 0.9}]
+
+        return classify if task == "text-classification" else chat
 
     monkeypatch.setattr("transformers.pipeline", pipeline)
-    scope: dict = {}
-    exec(code, scope)
-    assert scope["answer"]("hello") == "This request is not served here."
+    scope: dict = {"__name__": "guarded_chat"}
+    exec(compile(text, "guarded_chat.py", "exec"), scope)
+    return scope
+
+
+def test_the_guard_example_stops_what_goes_in_and_what_comes_out(release, monkeypatch) -> None:
+    text = (release / EXAMPLE.name).read_text()
+    assert text.rstrip() in (release / "README.md").read_text()
+    asked: list = []
+    scope = load_example(text, monkeypatch, ["fine", "a bad answer"], asked)
+    ask, guard = scope["load_model"]("x"), scope["load_guard"]("y")
+    assert scope["answer"]("a bad question", ask, guard) == "This request is not served here."
+    assert scope["answer"]("x" * 9000, ask, guard) == "This request is not served here."
     assert asked == []
-    scope["is_allowed"] = lambda text: text != "bad"
-    assert scope["answer"]("hello") == "fine"
+    assert scope["answer"]("hello", ask, guard) == "fine"
+    assert asked == [[{"role": "user", "content": "hello"}]]
+    assert scope["answer"]("hello", ask, guard) == "This answer is withheld."
+    assert len(asked) == 2
+
+    def broken(text: str) -> bool:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        scope["answer"]("hello", ask, broken)
+    assert len(asked) == 2, "a guard that breaks lets nothing pass"
+
+
+@pytest.mark.parametrize("how", ["weights", "hooked", "adapters", "edited"])
+def test_the_example_of_every_form_loads_what_that_form_is(how) -> None:
+    text = guard_example(how, "base", "text-generation")
+    compile(text, "guarded_chat.py", "exec")
+    for line in lines(how, "base", "text-generation").splitlines():
+        assert f"    {line}" in text or not line
 
 
 def test_the_check_needs_no_weights(finished) -> None:
@@ -455,3 +493,166 @@ def test_the_check_needs_no_weights(finished) -> None:
     assert stage.disk_bytes(finished.recipe) > 0
     (problem,) = stage.check(changed(finished.recipe, "model.name_or_path", "./nowhere"))
     assert "nowhere" in problem
+
+
+def test_the_card_shows_refusals_by_category_and_how_well_they_are_counted(
+    evaluated, tmp_path
+) -> None:
+    path = evaluated.upstream["eval"] / "results.json"
+    results = json.loads(path.read_text())
+    instrument = {
+        "name": "a rule and a learned model",
+        "agreement": 0.94,
+        "kappa": 0.88,
+        "rate_error": 0.029,
+        "measured_on": "XSTest",
+    }
+    path.write_text(json.dumps({**results, "refusal_instrument": instrument}))
+    card = (write_release(evaluated, tmp_path) / "README.md").read_text()
+    assert "| panel | category | n | original | abliterated | healed |" in card
+    for category in ("first", "second"):
+        assert f"| restricted | {category} | 10 | 0.900 [" in card
+    assert "agrees with people on 0.940 of the answers (kappa 0.88)" in card
+    assert "share of refusals by up to 0.029" in card
+
+
+def test_items_are_released_with_hashes_in_place_of_every_text(release) -> None:
+    text = (release / "items.jsonl").read_text()
+    assert "sea" not in text
+    assert 'answer"' in text
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 180
+    answers = [row["details"]["answer"] for row in rows if row["name"] == "letters"]
+    assert len(set(answers)) == 40, "the same answer has the same hash"
+    assert all(len(answer) == len("sha256:") + 64 for answer in answers)
+    assert {row["details"].get("label") for row in rows} == {None, "compliance"}
+
+
+def test_the_report_is_released_and_what_it_takes_to_rebuild_stands_beside_it(release) -> None:
+    assert (release / "report.html").read_text().startswith("<!doctype html>")
+    assert (release / "reproduce" / "recipe.yaml").read_bytes() == (
+        release / "recipe.yaml"
+    ).read_bytes()
+    how = (release / "reproduce" / "README.md").read_text()
+    assert "python -m eval verify PATH/TO/THIS/RELEASE --base base" in how
+    pins = (release / "reproduce" / "requirements.txt").read_text().splitlines()
+    assert f"torch=={torch.__version__}" in pins
+
+
+@pytest.mark.parametrize("kind", ["orthogonalize", "column_norm", "add"])
+def test_a_release_without_weights_makes_the_healed_model_out_of_the_base(
+    kind, make_model, byte_tokenizer, tmp_path
+) -> None:
+    upstream = make_upstream(tmp_path, make_model(0), byte_tokenizer, kind)
+    release = make_release(tmp_path, upstream, form="adapter")
+    assert not list(release.glob("*.safetensors.index.json")) + list(release.glob("model*"))
+    assert not list(release.glob(".weights-*"))
+    assert verify(release, tmp_path / "base").problems == []
+    card = ModelCard.load(release / "README.md").data.to_dict()
+    assert (card["base_model_relation"], card["library_name"]) == ("adapter", "peft")
+    has_adapter_form = (release / "edit_adapter").is_dir()
+    assert has_adapter_form == (kind == "orthogonalize")
+    assert ("abliteration apply" in (release / "guarded_chat.py").read_text()) != has_adapter_form
+    if has_adapter_form:
+        # As the card's example does.
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        edited = PeftModel.from_pretrained(model, release, subfolder="edit_adapter")
+        healed = PeftModel.from_pretrained(edited.merge_and_unload(), release, subfolder="adapter")
+        ids = torch.arange(20)[None]
+        expected = load_healed(recipe_of(tmp_path), upstream)
+        with torch.inference_mode():
+            assert torch.allclose(healed(ids).logits, expected(ids).logits, atol=1e-5)
+
+
+def test_a_swapped_adapter_of_a_release_without_weights_is_caught(
+    make_model, byte_tokenizer, tmp_path
+) -> None:
+    upstream = make_upstream(tmp_path, make_model(0), byte_tokenizer)
+    release = make_release(tmp_path, upstream, form="adapter")
+    path = release / "adapter" / "adapter_model.safetensors"
+    changed_tensors = {name: tensor + 0.5 for name, tensor in load_file(path).items()}
+    save_file(changed_tensors, path, metadata={"format": "pt"})
+    release_folder.write_checksums(release)
+    (problem,) = verify(release, tmp_path / "base").problems
+    assert "do not make these weights" in problem
+
+
+def test_a_form_that_cannot_be_made_is_told_before_anything_runs(finished) -> None:
+    recipe = changed(finished.recipe, "release.form", "adapter")
+    assert stage.check(recipe) == []
+    (problem,) = stage.check(changed(recipe, "train.adapter", None))
+    assert problem.startswith("release.form: adapter needs an adapter")
+
+
+@pytest.mark.slow
+def test_two_processes_build_the_same_bytes(make_model, byte_tokenizer, tmp_path) -> None:
+    upstream = make_upstream(tmp_path, make_model(0), byte_tokenizer)
+    release = make_release(tmp_path, upstream)
+    code = (
+        "import sys; from pathlib import Path; from tests.releasing import write_release\n"
+        "folder = Path(sys.argv[1]); names = ('abliteration', 'train', 'eval')\n"
+        "write_release(folder, {name: folder / name for name in names}, 'again')"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    for name in [*release_folder.released_files(release), "SHA256SUMS"]:
+        assert (release / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+BOARD = {"name": "gsm8k", "metric": "exact_match", "n": 1319}
+
+
+def test_a_registered_benchmark_that_was_measured_whole_goes_to_the_hubs_leaderboards(
+    tmp_path,
+) -> None:
+    healed = {"value": 0.75123, "low": 0.7271, "high": 0.774}
+    rows = [{**BOARD, "healed": healed}, {**BOARD, "name": "letters", "healed": healed}]
+    write_leaderboards({"benchmarks": rows}, tmp_path)
+    (file,) = (tmp_path / ".eval_results").iterdir()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 75.12)
+    assert "n = 1319, 95 % interval [72.71, 77.40]" in entry.notes
+    shutil.rmtree(tmp_path / ".eval_results")
+    write_leaderboards({"benchmarks": [{**rows[0], "n": 200}]}, tmp_path)
+    assert not (tmp_path / ".eval_results").exists(), "a part of the items is not the benchmark"
+
+
+LICENCES = [
+    ("llama3.1", "Built with Llama", "Llama 3.1 is licensed under the Llama 3.1 Community"),
+    ("llama3", "Built with Meta Llama 3", "Meta Llama 3 is licensed under the Meta Llama 3"),
+    ("gemma", "", "Gemma is provided under and subject to the Gemma Terms of Use"),
+    ("apache-2.0", "", "The weights in this folder were made from base and changed"),
+]
+
+
+@pytest.mark.parametrize(("licence", "banner", "words"), LICENCES)
+def test_the_duties_of_a_licence_are_done(evaluated, tmp_path, licence, banner, words) -> None:
+    (Path(evaluated.recipe.model.name_or_path) / "NOTICE").write_text("Notice of the base.\n")
+    recipe = changed(evaluated.recipe, "release", {"license": licence})
+    evaluated = replace(evaluated, recipe=recipe)
+    release = write_release(evaluated, tmp_path)
+    notice = (release / "NOTICE").read_text()
+    assert notice.startswith("Notice of the base.\n")
+    assert words in notice
+    assert (release / "LICENSE").read_text() == "Do as you like.\n"
+    card = (release / "README.md").read_text()
+    assert (f"# mini\n\n**{banner}**\n" in card) == bool(banner)
+    assert lint(release) == []
+
+
+@pytest.mark.parametrize(
+    ("repo", "licence", "wanted"),
+    [
+        ("me/healed", "llama3.1", "me/Llama-healed"),
+        ("me/Llama-healed", "llama3.1", None),
+        ("me/Llama-healed", "llama3", "me/Llama-3-Llama-healed"),
+        ("me/Llama-3-healed", "llama3", None),
+        ("me/healed", "gemma", None),
+    ],
+)
+def test_a_name_that_the_licence_forbids_is_told_by_the_check(
+    finished, repo, licence, wanted
+) -> None:
+    recipe = changed(finished.recipe, "release", {"license": licence, "push_to_hub": repo})
+    problems = stage.check(recipe)
+    assert [wanted in problem for problem in problems] == ([True] if wanted else [])
