@@ -37,7 +37,11 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "rank 64": ("train.adapter={r: 64, lora_alpha: 128}",),
     "all weights": ("train.adapter=null", "train.trainer.learning_rate=1e-3"),
     **{f"without {domain}": () for domain in DOMAINS},
+    "daredevil": (),
+    "to recovery, shared": (),
+    "to recovery, trl": ("train.engine=trl",),
 }
+RECOVERED = 0.9
 
 
 def main() -> None:
@@ -76,9 +80,10 @@ def measure(patient: Path, architecture: str, seed: int, method: str) -> dict[st
     name = f"{architecture}-{seed}-{method.replace(' ', '-')}"
     recipe = HOME / "recipes" / f"{name}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    text = (ROOT / "recipes" / "patient.yaml").read_text(encoding="utf-8")
+    source = "patient-daredevil.yaml" if method == "daredevil" else "patient.yaml"
+    text = (ROOT / "recipes" / source).read_text(encoding="utf-8")
     recipe.write_text(text.replace("runs/patient-model", str(patient)), encoding="utf-8")
-    changes = [*COMMON, *METHODS[method], *left_out(patient, method)]
+    changes = [*COMMON, *METHODS[method], *left_out(patient, method), *stopping(patient, method)]
     changes += [f"name={name}", f"seed={seed}", f"output_dir={HOME / 'runs'}"]
     subprocess.run(
         [sys.executable, "train/run.py", str(recipe), *changes, "--until", "eval"],
@@ -95,8 +100,34 @@ def measure(patient: Path, architecture: str, seed: int, method: str) -> dict[st
         "ratio": None,
         "bar": None,
         "train_seconds": seconds,
+        "seconds_to_recovery": seconds_to_recovery(run / "train" / "log.jsonl"),
         **figures(results),
     }
+
+
+def seconds_to_recovery(log: Path) -> float | None:
+    """Seconds of stage two until a quick evaluation first found pooled recovery at RECOVERED."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    reached = (row for row in rows if row.get("quick/recovery", 0.0) >= RECOVERED)
+    return next((float(row["quick/seconds"]) for row in reached), None)
+
+
+def stopping(patient: Path, method: str) -> list[str]:
+    """For the time to recovery: quick evaluations every ten steps, on questions that are not trained on."""
+    if not method.startswith("to recovery"):
+        return []
+    prompts = patient / "prompts"
+    settings = {
+        "every": 10,
+        "patience": 20,
+        "questions": {"path": str(prompts / "healing.jsonl"), "slice": "0:600", "domain": "domain"},
+        "harmful": {"path": str(prompts / "harmful_validation.jsonl")},
+        "harmless": {"path": str(prompts / "harmless_validation.jsonl")},
+        "max_new_tokens": 48,
+        "batch_size": 128,
+    }
+    trained = [f"train.{place}.prompts.slice='600:'" for place in ("preferences.0", "anchors.0")]
+    return [f"train.stopping={json.dumps(settings)}", *trained]
 
 
 def left_out(patient: Path, method: str) -> list[str]:
@@ -114,8 +145,14 @@ def left_out(patient: Path, method: str) -> list[str]:
     path = HOME / "prompts" / f"{patient.name}-{domain}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    places = ("preferences.0", "anchors.0")
-    return [f"train.{place}.prompts={{path: {path}}}" for place in places]
+    anchors = recipe["train"]["anchors"]
+    if domain == "common_howto":  # the direction's own harmless prompts ask nothing else
+        anchors = [each for each in anchors if "harmless_train" not in each["prompts"]["path"]]
+    text = json.dumps(anchors).replace("runs/patient-model/prompts/healing.jsonl", str(path))
+    return [
+        f"train.preferences.0.prompts={{path: {path}}}",
+        "train.anchors=" + text.replace("runs/patient-model", str(patient)),
+    ]
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +180,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any]:
 def line(row: Mapping[str, Any]) -> str:
     """One run in words."""
     recovery, unlocked, kl = row["pooled"]["recovery"], row["unlocked"], row["mean_kl"]
+    late = row["seconds_to_recovery"]
     pooled = (
         f"{recovery['value']:.2f} [{recovery['low']:.2f}, {recovery['high']:.2f}]"
         if recovery is not None
@@ -153,6 +191,7 @@ def line(row: Mapping[str, Any]) -> str:
         f"{unlocked['abliterated']:.3f}, refusal {row['refusal']['value']:.3f}, over-refusal "
         f"{row['over_refusal']['value']:.3f}, KL {kl['healed']:.4f} of {kl['abliterated']:.4f}, "
         f"worse: {', '.join(row['worse']) or 'none'}, {row['train_seconds']:.0f} s"
+        + ("" if late is None else f", {RECOVERED:.0%} after {late:.0f} s")
     )
 
 

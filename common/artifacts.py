@@ -8,6 +8,7 @@ which the next run goes on with.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,12 +16,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.errors import InputError, StageError
 
 MANIFEST = "manifest.json"
+# In a run folder: the fingerprints of its stages, also of those that have not ended. Pruning spares them.
+STAGES = "stages.json"
 BLOCK_BYTES = 1 << 22
+# Seconds between two looks at a lock that another process holds.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class BusyError(InputError):
+    """Another process holds a lock."""
 
 
 def hash_text(text: str) -> str:
@@ -139,21 +150,33 @@ class Store:
         beside.replace(link)
 
     @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
+    def locked(self, name: str, *, wait: bool = False) -> Iterator[None]:
         """Hold a lock that ends with this process, however it ends.
 
+        It is a lock of the operating system (flock), on a file that stays. Between machines it holds where the file
+        system carries flock over: NFS from version 4 on and Lustre mounted with `flock` do, and free the locks of a
+        process that died at once, those of a machine that died after their lease.
+
+        Args:
+            name: of what is locked; may name folders.
+            wait: whether to wait for the process that holds it.
+
         Raises:
-            InputError: if another process holds it.
+            BusyError: if another process holds it, and it is not waited for.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another process is at work on {name} (lock {path}); wait for it, or end it, then run again"
-                ) from error
+            pause = 0.0
+            while not _try_lock(file):
+                if not wait:
+                    raise BusyError(
+                        f"another process is at work on {name} (lock {path}); wait for it, or end it, then run again"
+                    )
+                if pause == FIRST_PAUSE:
+                    logger.info("waiting for another process that is at work on %s", name)
+                pause = min(2 * pause or FIRST_PAUSE / 2, LONGEST_PAUSE)
+                time.sleep(pause)
             yield
 
     def hash_of_files(self, paths: Sequence[Path]) -> str:
@@ -169,6 +192,14 @@ class Store:
         if self.root.is_dir():
             write_json(cache_path, cache)
         return hash_data(hashes)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def require_disk(folder: Path, num_bytes: int, what: str) -> None:

@@ -62,6 +62,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    system: str | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -75,6 +76,7 @@ def generate(
         prompts: the user's turns.
         max_new_tokens: where an answer is cut if the model does not end it.
         batch_size: prompts per forward pass and process.
+        system: the system prompt in front of each; None: none.
         temperature: 0 for greedy decoding.
         top_p: of the samples, see `GumbelSampling`.
         seed: of the samples.
@@ -91,7 +93,7 @@ def generate(
 
     def work(part: Sequence[str]) -> list[list[int]]:
         return _generate_part(
-            model, tokenizer, part, max_new_tokens, batch_size, sampling, description
+            model, tokenizer, part, system, max_new_tokens, batch_size, sampling, description
         )
 
     return distributed.share(prompts, work)
@@ -102,12 +104,13 @@ def _generate_part(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    system: str | None,
     max_new_tokens: int,
     batch_size: int,
     sampling: Callable[[Sequence[str]], LogitsProcessorList],
     description: str,
 ) -> list[list[int]]:
-    encoded = chat.encode(tokenizer, prompts) if prompts else []
+    encoded = chat.encode(tokenizer, prompts, system) if prompts else []
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     answers: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(order), desc=description, disable=not distributed.is_main(), leave=False)

@@ -31,7 +31,11 @@ ARTIFACT_FILES = (
 
 @contextmanager
 def tracked(
-    recipe: Recipe, stage: str, run_folder: Path, upstream: Mapping[str, Path]
+    recipe: Recipe,
+    stage: str,
+    run_folder: Path,
+    upstream: Mapping[str, Path],
+    group: str | None = None,
 ) -> Iterator[wandb.Run]:
     """A wandb run for one stage; on processes other than the main one, a disabled run.
 
@@ -40,6 +44,7 @@ def tracked(
         stage: the job type.
         run_folder: offline runs are written to its `wandb` folder.
         upstream: folders of the finished stages that this one builds on: its inputs in wandb's lineage.
+        group: the study whose trial this is; None: the recipe stands alone, and its name is the group.
 
     Yields:
         The run; it is finished at the end, as failed after an error.
@@ -48,7 +53,7 @@ def tracked(
     run = wandb.init(
         project=recipe.tracking.project,
         entity=recipe.tracking.entity,
-        group=recipe.name,
+        group=group or recipe.name,
         job_type=stage,
         name=f"{recipe.name}-{stage}",
         config=resolved(recipe),

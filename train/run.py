@@ -2,6 +2,9 @@
 
 accelerate launch --config_file configs/cpu.yaml train/run.py recipe.yaml [key=value ...] [--check] [--until STAGE]
 
+A recipe with a study is run once for each of its trials (train/study.py). `--key=value` is read as `key=value`: so
+an agent of wandb's sweeps gives its settings.
+
 Exit codes of `python train/run.py`: 0 done, 1 a stage failed, 2 the recipe or its inputs are wrong, 3 a gate was
 missed, 130 interrupted. accelerate's launcher turns every failure into 1.
 """
@@ -15,8 +18,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -27,7 +30,14 @@ if sys.path[0] == str(ROOT / "train"):
     sys.path[0] = str(ROOT)
 
 from common.errors import GateError, HealingError, InputError, RecipeError  # noqa: E402
-from common.recipe import Recipe, dump, load_recipe, placed, raw_section  # noqa: E402
+from common.recipe import (  # noqa: E402
+    Recipe,
+    dump,
+    load_recipe,
+    overlay,
+    placed,
+    raw_section,
+)
 
 if TYPE_CHECKING:  # torch comes late: a wrong recipe is told in a blink
     from common.artifacts import Entry, Store
@@ -69,7 +79,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--until", choices=STAGES, default="release", help="stop after this stage")
     # Intermixed: options may stand between the overrides.
-    return parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(_as_overrides(arguments))
+
+
+def _as_overrides(arguments: Sequence[str] | None) -> list[str]:
+    """The arguments with `--key=value` as `key=value`, but for the command's own options."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return [
+        text[2:]
+        if text.startswith("--") and "=" in text and not text.startswith("--until=")
+        else text
+        for text in given
+    ]
 
 
 def _load(options: argparse.Namespace) -> Recipe:
@@ -101,14 +122,31 @@ class Step:
     Attributes:
         name: of the stage.
         entry: its folder and fingerprint.
-        run: does it, given its folder, the finished stages and a wandb run.
+        run: does it, given its folder, the finished stages and a wandb run; returns what the manifest should hold.
         compared: how many prompts were held against how many benchmark items, for the manifest.
     """
 
     name: str
     entry: "Entry"
-    run: Callable[..., None]
+    run: Callable[..., Mapping[str, object] | None]
     compared: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its stages' places in the store.
+
+    Attributes:
+        recipe: that every stage has checked.
+        steps: in their order.
+    """
+
+    recipe: Recipe
+    steps: Sequence[Step]
+
+    def entry(self, stage: str) -> "Entry":
+        """A stage's place in the store."""
+        return next(step.entry for step in self.steps if step.name == stage)
 
 
 def _run(recipe: Recipe, options: argparse.Namespace, runs: list[Path]) -> None:
@@ -119,28 +157,105 @@ def _run(recipe: Recipe, options: argparse.Namespace, runs: list[Path]) -> None:
     if not distributed.is_main():
         logger.setLevel(logging.WARNING)
     stages = _stages()
-    excluded, compared = _check(recipe, options, stages)
     store = Store(Path(recipe.output_dir))
-    steps = _plan(recipe, stages, store, excluded, compared)[: STAGES.index(options.until) + 1]
+    plan = _make_plan(recipe, options, stages, store)
+    if recipe.study is not None:
+        _run_study(plan, options, stages, store, runs)
+        return
     if options.check:
-        _print_plan(recipe, steps)
+        _print_plan(recipe, plan.steps[: STAGES.index(options.until) + 1])
         return
     run_folder = _make_run_folder(recipe, runs)
     with _locked(store, f"run-{recipe.name}"):
-        for step in steps:
-            _run_step(
-                recipe,
-                step,
-                store,
-                run_folder,
-                {done.name: done.entry.folder for done in _before(step, steps)},
-            )
-            if step.name == "eval":
-                _report(step.entry.folder)
+        _walk(store, plan, run_folder, until=options.until, reached=partial(_report, plan))
+        if distributed.is_main() and options.until == "release":
+            logger.info("release: %s", run_folder / "release")
+
+
+def _run_study(
+    plan: Plan,
+    options: argparse.Namespace,
+    stages: Mapping[str, ModuleType],
+    store: "Store",
+    runs: list[Path],
+) -> None:
+    """Hand a study what it does not know itself: how a setting is planned, run and read."""
+    from common import distributed  # noqa: PLC0415
+    from eval.paths import number  # noqa: PLC0415
+    from train import study, study_plan  # noqa: PLC0415
+
+    known: dict[str, Mapping[str, Sequence[str]]] = {}
+
+    def make_plan(changes: Sequence[str]) -> Plan:
+        """The plan of the recipe with some keys changed; raises RecipeError."""
+        changed = argparse.Namespace(**vars(options))
+        changed.overrides = overlay(options.overrides, changes)
+        return _make_plan(_load(changed), changed, stages, store, known)
+
+    road = study.Road(make_plan, partial(_walk, store), _report, number)
+    problems = study.check(plan, road, options.overrides, options.until)
+    if problems:
+        raise RecipeError(placed(problems, options.recipe, options.overrides))
+    if options.check:
         if distributed.is_main():
-            (run_folder / "failure.json").unlink(missing_ok=True)
-            if steps[-1].name == "release":
-                logger.info("release: %s", run_folder / "release")
+            sys.stdout.write("\n".join(study_plan.plan_lines(plan, road)) + "\n")
+        return
+    run_folder = _make_run_folder(plan.recipe, runs)
+    study.run(plan, road, store, run_folder, options.until)
+
+
+def _make_plan(
+    recipe: Recipe,
+    options: argparse.Namespace,
+    stages: Mapping[str, ModuleType],
+    store: "Store",
+    known: dict[str, Mapping[str, Sequence[str]]] | None = None,
+) -> Plan:
+    """Every check of every stage, and where in the store their results belong."""
+    excluded, compared = _check(recipe, options, stages, {} if known is None else known)
+    return Plan(recipe, _plan(recipe, stages, store, excluded, compared))
+
+
+def _walk(
+    store: "Store",
+    plan: Plan,
+    run_folder: Path,
+    *,
+    until: str,
+    group: str | None = None,
+    observe: Callable[[int, Mapping[str, float]], None] | None = None,
+    reached: Callable[[str], None] | None = None,
+) -> None:
+    """Do the stages of a recipe, each reused where its result is there.
+
+    Args:
+        store: of the stages.
+        plan: of the recipe.
+        run_folder: gets links to the stages.
+        until: the last stage to do.
+        group: the study whose trial this is.
+        observe: told the step and scores of every quick evaluation while it trains.
+        reached: told the name of each stage that is done.
+    """
+    from common import distributed  # noqa: PLC0415
+    from common.artifacts import STAGES as PLANNED  # noqa: PLC0415
+    from common.artifacts import write_json  # noqa: PLC0415
+
+    steps = plan.steps[: STAGES.index(until) + 1]
+    if distributed.is_main():
+        # Before anything is looked up: what stands here is not pruned.
+        write_json(run_folder / PLANNED, {step.name: step.entry.fingerprint for step in steps})
+    for step in steps:
+        if step.name == "train" and observe is not None:
+            step = replace(step, run=partial(step.run, observe=observe))
+        before = {done.name: done.entry.folder for done in _before(step, steps)}
+        _run_step(plan.recipe, step, store, run_folder, before, group)
+        if reached is not None:
+            reached(step.name)
+    if distributed.is_main():
+        # From here on it is the links that keep the stages.
+        (run_folder / PLANNED).unlink()
+        (run_folder / "failure.json").unlink(missing_ok=True)
 
 
 def _stages() -> dict[str, ModuleType]:
@@ -154,9 +269,18 @@ def _stages() -> dict[str, ModuleType]:
 
 
 def _check(
-    recipe: Recipe, options: argparse.Namespace, stages: Mapping[str, ModuleType]
+    recipe: Recipe,
+    options: argparse.Namespace,
+    stages: Mapping[str, ModuleType],
+    known: dict[str, Mapping[str, Sequence[str]]],
 ) -> tuple[frozenset[str], dict[str, int]]:
     """Every check of every stage, and what all of them share: no prompt may be one of the benchmarks' items.
+
+    Args:
+        recipe: any.
+        options: of the command.
+        stages: by name.
+        known: items by the benchmarks that hold them; what is missing is added. To load them takes seconds.
 
     Returns:
         The normalized items of the benchmarks, and how many texts of each side were compared.
@@ -166,7 +290,13 @@ def _check(
     problems = [problem for stage in stages.values() for problem in stage.check(recipe)]
     if problems:
         raise RecipeError(placed(list(dict.fromkeys(problems)), options.recipe, options.overrides))
-    items = stages["eval"].items(recipe)
+    benchmarks = json.dumps([spec.model_dump(mode="json") for spec in recipe.eval.benchmarks])
+    if benchmarks not in known:
+        known[benchmarks] = stages["eval"].items(recipe)
+    problems = stages["eval"].part_problems(recipe, known[benchmarks])
+    if problems:
+        raise RecipeError(placed(problems, options.recipe, options.overrides))
+    items = list(dict.fromkeys(text for texts in known[benchmarks].values() for text in texts))
     compared = {"benchmark items": len(items)}
     for name in ("abliteration", "train"):
         prompts = stages[name].prompts_used(recipe)
@@ -209,31 +339,40 @@ def _before(step: Step, steps: Sequence[Step]) -> Sequence[Step]:
 
 
 def _run_step(
-    recipe: Recipe, step: Step, store: "Store", run_folder: Path, upstream: Mapping[str, Path]
+    recipe: Recipe,
+    step: Step,
+    store: "Store",
+    run_folder: Path,
+    upstream: Mapping[str, Path],
+    group: str | None = None,
 ) -> None:
-    """Do a stage, or reuse it; either way it is linked into the run folder."""
+    """Do a stage, or reuse it; either way it is linked into the run folder.
+
+    A stage that another process is at work on is awaited, and then reused.
+    """
     from common import distributed  # noqa: PLC0415
     from common.tracking import artifact, tracked  # noqa: PLC0415
 
-    if distributed.broadcast(step.entry.complete):
-        logger.info("%s: reused (%s)", step.name, step.entry.fingerprint[:12])
+    with _locked(store, f"{step.name}-{step.entry.fingerprint[:24]}", wait=True):
+        # With the lock in hand: whoever prunes the store takes it, too.
+        if distributed.broadcast(step.entry.complete):
+            logger.info("%s: reused (%s)", step.name, step.entry.fingerprint[:12])
+            if distributed.is_main():
+                store.link(step.entry, run_folder)
+            return
+        logger.info("%s: running (%s)", step.name, step.entry.fingerprint[:12])
+        began = time.monotonic()
         if distributed.is_main():
-            store.link(step.entry, run_folder)
-        return
-    logger.info("%s: running (%s)", step.name, step.entry.fingerprint[:12])
-    began = time.monotonic()
-    if distributed.is_main():
-        step.entry.folder.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-    with _locked(store, f"{step.name}-{step.entry.fingerprint[:24]}"):
-        with tracked(recipe, step.name, run_folder, upstream) as tracker:
-            step.run(recipe, step.entry.folder, upstream, tracker)
+            step.entry.folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        with tracked(recipe, step.name, run_folder, upstream, group) as tracker:
+            found = step.run(recipe, step.entry.folder, upstream, tracker)
             distributed.barrier()
             if distributed.is_main():
                 store.finish(
                     step.entry,
                     seconds=time.monotonic() - began,
-                    about=_about(recipe, step.compared),
+                    about=_about(recipe, step.compared) | dict(found or {}),
                 )
                 tracker.log_artifact(artifact(recipe, step.name, step.entry.folder))
         if distributed.is_main():
@@ -243,9 +382,19 @@ def _run_step(
 
 
 def _about(recipe: Recipe, compared: Mapping[str, int]) -> dict[str, object]:
-    from importlib.metadata import version  # noqa: PLC0415
-
     from common import distributed  # noqa: PLC0415
+
+    return {
+        "seed": recipe.seed,
+        "processes": distributed.world_size(),
+        "overlap": dict(compared),
+        "versions": _versions(),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version  # noqa: PLC0415
 
     libraries = (
         "torch",
@@ -258,12 +407,7 @@ def _about(recipe: Recipe, compared: Mapping[str, int]) -> dict[str, object]:
         "optuna",
         "wandb",
     )
-    return {
-        "seed": recipe.seed,
-        "processes": distributed.world_size(),
-        "overlap": dict(compared),
-        "versions": {library: version(library) for library in libraries},
-    }
+    return {library: version(library) for library in libraries}
 
 
 def _make_run_folder(recipe: Recipe, runs: list[Path]) -> Path:
@@ -290,15 +434,15 @@ def _make_run_folder(recipe: Recipe, runs: list[Path]) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(store: "Store", name: str) -> Iterator[None]:
+def _locked(store: "Store", name: str, *, wait: bool = False) -> Iterator[None]:
     from common import distributed  # noqa: PLC0415
 
-    with store.locked(name) if distributed.is_main() else contextlib.nullcontext():
+    with store.locked(name, wait=wait) if distributed.is_main() else contextlib.nullcontext():
         yield
 
 
-def _report(folder: Path) -> None:
-    """Print the table, and stop where a gate was missed.
+def _report(plan: Plan, stage: str) -> None:
+    """Print the table of a finished evaluation, and stop where a gate was missed.
 
     Raises:
         GateError: naming every missed gate.
@@ -306,7 +450,10 @@ def _report(folder: Path) -> None:
     from common import distributed  # noqa: PLC0415
     from eval.table import screen_table  # noqa: PLC0415
 
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if stage != "eval":
+        return
+    path = plan.entry("eval").folder / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
     if distributed.is_main():
         sys.stdout.write("\n" + screen_table(results) + "\n\n")
         sys.stdout.flush()

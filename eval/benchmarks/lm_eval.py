@@ -27,7 +27,7 @@ from eval.benchmarks import Subject, place
 from eval.items import Item, Row
 
 if TYPE_CHECKING:
-    from eval.harness import HarnessModel
+    from eval.harness import Encoder, HarnessModel
 
 # What a metric must be: the mean over items of a value that is higher for better answers.
 KNOWN_MEANS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
@@ -125,6 +125,7 @@ class LoadedTask:
         role: in the verdicts.
         tokenizer: of all three models.
         batch_size: requests per forward pass and process.
+        encoder: holds all texts as token ids, for whichever model is asked.
     """
 
     name: str
@@ -136,6 +137,7 @@ class LoadedTask:
     role: str
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
+    encoder: "Encoder"
 
     @property
     def row(self) -> Row:
@@ -150,7 +152,14 @@ class LoadedTask:
         """Put all requests to a model and let the harness judge the answers."""
         from eval.harness import HarnessModel  # noqa: PLC0415  # slow to import, and a check must be a blink
 
-        model = HarnessModel(subject.model, self.tokenizer, self.batch_size)
+        model = HarnessModel(
+            subject.model,
+            self.tokenizer,
+            self.batch_size,
+            engine=subject.engine,
+            answers=subject.answers,
+            encoder=self.encoder,
+        )
         by_document = self._ask(model, f"{self.name}: {subject.name}")
         logps = _answer_logps(
             self, by_document, model, f"{self.name}: {subject.name}, right answers"
@@ -264,6 +273,8 @@ def _texts(task: Any, limit: int | None) -> Iterator[str]:  # noqa: ANN401  # th
 def _load_task(
     spec: LmEval, name: str, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> LoadedTask:
+    from eval.harness import Encoder  # noqa: PLC0415  # slow to import, and a check must be a blink
+
     index = _index(spec)
     task = _build(index, name)
     # As the harness does: a task that says 0 shots keeps them.
@@ -284,6 +295,10 @@ def _load_task(
             context, settings = instance.arguments
             instance.arguments = (context, {**settings, "do_sample": False, "temperature": 0.0})
     documents = dict(task.doc_iterator(limit=spec.limit))
+    encoder = Encoder(tokenizer)
+    encoder.prepare(
+        text for instance in task.instances for text in instance.args if isinstance(text, str)
+    )
     filters = task.config.filter_list
     return LoadedTask(
         name=name,
@@ -295,6 +310,7 @@ def _load_task(
         role=spec.role,
         tokenizer=tokenizer,
         batch_size=batch_size,
+        encoder=encoder,
     )
 
 

@@ -158,7 +158,7 @@ BROKEN = [
     ("weight: 2.0", "wieght: 2.0", "train.anchors[0].wieght", ['mean "weight"?']),
     ("column: text", "colum: text", "abliteration.prompts.harmless.colum", ['mean "column"?']),
     ("{max: 0.02}", "{maximum: 1}", None, ['"maximum" is not a key here', "known: max, min"]),
-    ("tracking:", "study: {}\ntracking:", "study", ['"study" is not a key here']),
+    ("tracking:", "merging: {}\ntracking:", "merging", ['"merging" is not a key here']),
     (
         "max_kl: 0.2",
         "layer: 2",

@@ -1,0 +1,35 @@
+"""A GGUF file as a model of transformers, to hold it against the weights it was written from."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from common import distributed
+from common.errors import StageError
+
+
+def load(file: Path, config: Any) -> PreTrainedModel:  # noqa: ANN401  # each family has a class of its own
+    """The model of a file in float32, on this process's device and in evaluation mode.
+
+    Args:
+        file: of GGUF.
+        config: of the model it was written from: transformers reads a part of a header alone.
+
+    Raises:
+        StageError: if transformers cannot read it.
+    """
+    if config.model_type == "mistral":
+        # A Mistral is a Llama there, and transformers knows its tensors under that name alone.
+        config = LlamaConfig(**{**config.to_dict(), "model_type": "llama"})
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise StageError(
+            f"release: {file.name} cannot be loaded back ({str(error)[:200]}); delete its type from release.gguf"
+        ) from error
+    torch.nn.Module.to(model, distributed.device())
+    return model.eval()
