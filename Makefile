@@ -43,6 +43,9 @@ $(VENV)/.ready: pyproject.toml
 	@echo "setting up $(VENV) (once)"
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@$(BIN)/pip install --quiet -e ".[dev]"
+	@# What the pages are checked with for people who cannot see or use a mouse; without it those tests are skipped.
+	@if command -v npm >/dev/null; then npm install --silent --no-save --prefix $(VENV) axe-core@4.14.1 >/dev/null \
+		|| echo "axe-core could not be installed: its tests will be skipped"; fi
 	@touch $@
 
 clean:

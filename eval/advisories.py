@@ -77,7 +77,7 @@ _ASKED = {
     "referral": re.compile(
         rf"\b(?:should|do|must|can|when|where|which|what (?:kind|type|sort)|who|whom|whether)\b[^.?]*\b"
         rf"(?:see|consult|call|contact|talk to|speak to|go to|need|find|hire|ask|turn to|refer|visit)\b"
-        rf"[^.?]*\b{_EXPERT}\b|\b(?:who|whom|where)\b[^.?]*\b(?:turn|go|ask|help|call)\b|\bseek(?:ing)? help\b|"
+        rf"[^.?]*\b{_EXPERT}\b|\b(?:which|what (?:kind|type|sort) of) {_EXPERT}\b|\b(?:who|whom|where)\b[^.?]*\b(?:turn|go|ask|help|call)\b|\bseek(?:ing)? help\b|"
         r"\b(?:sign-?posting|safety[- ]net(?:ting)?|when to (?:seek|get|call))\b",
         re.IGNORECASE,
     ),
@@ -85,9 +85,7 @@ _ASKED = {
         r"\b(?:are you|you are|what are you|who are you|as an ai|language models?|chatbots?)\b",
         re.IGNORECASE,
     ),
-    "disclaimer": re.compile(
-        r"\b(?:disclaimers?|caveats?|warnings?|limitations?|small print)\b", re.I
-    ),
+    "disclaimer": re.compile(r"\b(?:disclaimers?|caveats?|warnings?|small print)\b", re.IGNORECASE),
 }
 # Advice to somebody else is the content of a letter or a leaflet.
 _REPORTED = re.compile(

@@ -87,7 +87,7 @@ def _gemma_problems(config: Any) -> Iterator[str]:  # noqa: ANN401
 
 
 def sliding_period(config: Any) -> int:  # noqa: ANN401
-    """k where every k-th layer sees all of the text and the others a window; 0 where there is no such k."""
+    """The k for which every k-th layer sees all of the text, the others a window; 0 where there is no such k."""
     is_full = [kind == "full_attention" for kind in config.layer_types]
     first = is_full.index(True) + 1 if any(is_full) else len(is_full) + 1
     expected = [(layer + 1) % first == 0 for layer in range(len(is_full))]
@@ -146,7 +146,7 @@ def _context_length(config: Any) -> int:  # noqa: ANN401
 
 def _rope(config: Any) -> dict[str, Any]:  # noqa: ANN401
     rope = config.rope_parameters
-    return dict(rope["full_attention"] if "full_attention" in rope else rope)
+    return dict(rope.get("full_attention", rope))
 
 
 def _head_dim(config: Any) -> int:  # noqa: ANN401

@@ -83,7 +83,8 @@ def _tokens(parts: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     """All tokens by id with their types; ids that no token has are filled up."""
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [UNUSED] * size
-    added = {token["id"]: token for token in parts["added_tokens"]}
+    # What a class of tokenizers adds by itself beyond the embedding is nothing that the model could read.
+    added = {token["id"]: token for token in parts["added_tokens"] if token["id"] < size}
     named = {index: token for token, index in parts["model"]["vocab"].items()}
     named |= {index: token["content"] for index, token in added.items()}
     if max(named) >= size:

@@ -3,6 +3,7 @@
 The names, numbers and types are those of the `gguf` package, which llama.cpp's authors keep.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,22 +61,21 @@ def write(folder: Path, target: Path, kind: str, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
 
-    writer = gguf.GGUFWriter(target, family.arch)
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_shape(writer, config)
-    add_vocabulary(writer, vocabulary, tokenizer)
-    entries = list(_entries(folder, family, config, kind))
-    for entry in entries:
-        _add_info(writer, entry)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in entries:
-        writer.write_tensor_data(_stored(_read(folder, entry, family, config), entry))
-    writer.close()
+    with contextlib.closing(gguf.GGUFWriter(target, family.arch)) as writer:
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_shape(writer, config)
+        add_vocabulary(writer, vocabulary, tokenizer)
+        entries = list(_entries(folder, family, config, kind))
+        for entry in entries:
+            _add_info(writer, entry)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            writer.write_tensor_data(_stored(_read(folder, entry, family, config), entry))
 
 
 def _entries(folder: Path, family: Family, config: Any, kind: str) -> Iterator[Entry]:  # noqa: ANN401  # each family has a class of its own

@@ -36,6 +36,7 @@ MODELS = {
     "mopey-mule": ("llama", 32, "llama3"),
     "phi-3-mini": ("phi3", 32, "phi3"),
     "qwen3-4b": ("qwen3", 36, "qwen3"),
+    "study-healing-8b": ("llama", 32, "llama3"),
 }
 # Rows of each split; of the larger ones as many as any recipe takes.
 ROWS = {
@@ -118,7 +119,10 @@ def test_a_recipe_passes_its_check_on_a_model_of_its_kind(name, localized, capsy
     code = run.main([str(localized(name)), "--check"])
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert out.count("to run") == 4
+    if load_recipe(RECIPES[name]).study is None:
+        assert out.count("to run") == 4
+    else:
+        assert "runs with sharing" in out
 
 
 @pytest.mark.usefixtures("no_items")
@@ -176,6 +180,11 @@ def test_the_two_approaches_on_the_patient_differ_in_training_alone():
     assert ours.eval.benchmarks == theirs.eval.benchmarks
     assert ours.eval.margin == theirs.eval.margin
     assert (theirs.train.keep_ablated, theirs.train.anchors) == ("none", ())
+
+
+def test_the_study_on_the_patient_is_over_the_shipped_recipe():
+    study, alone = (load_recipe(RECIPES[name]) for name in ("patient-study", "patient"))
+    assert study.model_copy(update={"name": alone.name, "study": None}) == alone
 
 
 def test_the_two_sets_of_the_mule_differ_by_the_mood_alone(localized):

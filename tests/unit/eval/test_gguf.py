@@ -18,7 +18,7 @@ from eval.gguf.reading import load
 from eval.gguf.vocabulary import read_vocabulary
 from eval.gguf.writer import paired, write
 
-pytest.importorskip("gguf", reason="the gguf package is an extra")
+gguf = pytest.importorskip("gguf", reason="the gguf package is an extra")
 
 # What llama.cpp takes these families to be.
 EXPRESSIBLE = {
@@ -44,8 +44,9 @@ def save(build_model, tokenizer, folder: Path, family: str = "llama", **changes)
 
 def load_back(file: Path) -> AutoModelForCausalLM:
     """By what the header says alone."""
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    return loaded.float().eval()
+    return AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).eval()
 
 
 def logits(model) -> torch.Tensor:
@@ -62,12 +63,10 @@ def test_every_family_loads_back_with_the_same_logits(
     config = AutoConfig.from_pretrained(folder)
     original = AutoModelForCausalLM.from_pretrained(folder)
     # A norm's gain with 1 added and taken away again is off by a rounding.
-    assert torch.allclose(
-        logits(load(tmp_path / "m.gguf", config)), logits(original), atol=1e-4
-    )
+    assert torch.allclose(logits(load(tmp_path / "m.gguf", config)), logits(original), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_the_header_alone_says_what_the_model_is(family, build_model, tokenizer, tmp_path) -> None:
     folder = save(build_model, tokenizer, tmp_path / "model", family)
     write(folder, tmp_path / "m.gguf", "f32", "tiny")
@@ -95,8 +94,9 @@ def test_eight_bits_stay_close_and_rows_that_no_block_divides_stay_in_float16(
     name = "model.layers.0.mlp.up_proj.weight"  # rows of 32
     block_largest = original[name].abs().amax(-1, keepdim=True)
     off = (found[name] - original[name]).abs()
-    assert 0 < off.max()
-    assert bool((off <= block_largest / 127 * 0.51).all())
+    assert off.max() > 0
+    # Half a step of 127, and the step itself is rounded to float16.
+    assert bool((off <= block_largest * (0.5 / 127 + 2**-11) * 1.001).all())
     name = "model.layers.0.mlp.down_proj.weight"  # rows of 48
     assert torch.equal(found[name], original[name].half().float())
 
@@ -127,8 +127,6 @@ def test_rows_that_are_rotated_together_lie_side_by_side() -> None:
 def test_long_waves_are_divided_by_the_factor_and_short_ones_not_at_all(
     build_model, tokenizer, tmp_path
 ) -> None:
-    import gguf
-
     folder = save(build_model, tokenizer, tmp_path / "model", rope_parameters=LLAMA3_ROPE)
     write(folder, tmp_path / "m.gguf", "f16", "tiny")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
@@ -144,7 +142,7 @@ def test_long_waves_are_divided_by_the_factor_and_short_ones_not_at_all(
     [
         ("olmo2", {}, "olmo2"),
         ("qwen3_moe", {}, "qwen3_moe"),
-        ("gemma3_text", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, "period"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 5 + ["sliding_attention"]}, "period"),
         ("gemma3_text", {"query_pre_attn_scalar": 9}, "scaled by 9"),
         ("gemma2", {"tie_word_embeddings": False}, "output weights"),
         (
@@ -164,7 +162,9 @@ def test_what_llama_cpp_cannot_be_told_is_refused(
         write(folder, tmp_path / "m.gguf", "f16", "tiny")
 
 
-@pytest.mark.parametrize(("full", "period"), [([1, 3, 5], 2), ([1, 3, 4], 0), ([0, 1, 2, 3, 4, 5], 1)])
+@pytest.mark.parametrize(
+    ("full", "period"), [([1, 3, 5], 2), ([1, 3, 4], 0), ([0, 1, 2, 3, 4, 5], 1)]
+)
 def test_a_period_is_found_only_where_there_is_one(full, period, build_model) -> None:
     kinds = ["full_attention" if i in full else "sliding_attention" for i in range(6)]
     config = build_model("gemma3_text", num_hidden_layers=6, layer_types=kinds).config
@@ -178,7 +178,7 @@ def test_a_number_beyond_float16_stops_the_file(model_folder, tokenizer, tmp_pat
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StageError, match="layers.1.mlp.up_proj"):
+    with pytest.raises(StageError, match=r"layers\.1\.mlp\.up_proj"):
         write(folder, tmp_path / "m.gguf", "f16", "tiny")
     write(folder, tmp_path / "m.gguf", "bf16", "tiny")
 
@@ -216,7 +216,7 @@ def test_a_tokenizer_of_sentencepiece_keeps_bytes_spaces_and_the_order_of_its_me
     parts["normalizer"] = {"type": "Prepend", "prepend": "\u2581"}
 
     class Fast:
-        class backend_tokenizer:  # noqa: N801
+        class backend_tokenizer:
             to_str = staticmethod(lambda: json.dumps(parts))
 
     vocabulary = read_vocabulary(Fast, len(tokens))
