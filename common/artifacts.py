@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,9 +63,14 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{_writer()}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def _writer() -> str:
+    """A name that no other process has: two machines on one disk may well have the same process number."""
+    return f"{platform.node()}-{os.getpid()}"
 
 
 def write_json(path: Path, data: object) -> None:
@@ -144,7 +150,7 @@ class Store:
             raise InputError(
                 f"{link} is not a link of this program; move it away, or choose another name"
             )
-        beside = run_folder / f".{entry.stage}.{os.getpid()}"
+        beside = run_folder / f".{entry.stage}.{_writer()}"
         beside.unlink(missing_ok=True)  # of a killed process with this number
         beside.symlink_to(target)
         beside.replace(link)

@@ -1040,12 +1040,13 @@ RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
         "damage": _RATE | {"p"},
         "gap": _RATE | {"p"},
     },
+    "suites": {**_RATES, "n": (), "damage": _RATE, "gap": _RATE},
     "pooled": {"n": (), "damage": _RATE, "recovery": _RATE},
     "direction": dict.fromkeys(
         ("residual", "residual_bfloat16", "residual_nf4"), frozenset({"abliterated", "healed"})
     ),
 }
-_ITEM_LISTS: Final = frozenset({"benchmarks", "refusal", "divergence", "cross_entropy"})
+_ITEM_LISTS: Final = frozenset({"benchmarks", "suites", "refusal", "divergence", "cross_entropy"})
 
 
 def _check_gate(path: str) -> str:
@@ -1107,23 +1108,97 @@ class Limit(Section):
 Panel = Annotated[Text, Field(pattern=f"^{_NAME}$")]
 
 
+BenchmarkRole = Annotated[
+    Literal["capability", "unlocked"],
+    Field(
+        description="capability: the original is the reference; unlocked: the abliterated model "
+        "is, for what only the edit made answerable.",
+    ),
+]
+SuiteName = Literal["leaderboard-v1", "leaderboard-v2", "nous", "quick"]
+
+
 class LmEval(Section):
     """Tasks of lm-evaluation-harness."""
 
     name: Literal["lm_eval"] = Field(description="Tasks of lm-evaluation-harness.")
-    tasks: tuple[Text, ...] = Field(min_length=1, description="Task names as lm-eval knows them.")
+    tasks: tuple[Text, ...] = Field(
+        default=(), description="Task names as lm-eval knows them. Give this or suite."
+    )
+    suite: SuiteName | None = Field(
+        default=None,
+        description="A list of tasks with the shots, metrics and averages of a published table. Give this or tasks.",
+    )
     include_path: Text | None = Field(
         default=None, description="Folder with task files of your own."
+    )
+    data: dict[Text, Text | dict[Text, Text]] = Field(
+        default={},
+        description="Local data by task: a folder that holds a copy of its data set, or a file by each of the splits "
+        "that the task reads (JSONL, CSV or Parquet, in the columns of its data set).",
     )
     num_fewshot: Whole | None = Field(
         default=None, ge=0, description="Examples before each item; null: as the task says."
     )
     limit: Count | None = Field(default=None, description="Items per task; null: all of them.")
-    role: Literal["capability", "unlocked"] = Field(
-        default="capability",
-        description="capability: the original is the reference; unlocked: the abliterated model "
-        "is, for what only the edit made answerable.",
+    role: BenchmarkRole = "capability"
+
+    @model_validator(mode="after")
+    def _tasks_or_a_suite(self) -> Self:
+        """Ask for exactly one of the two, and for no shots beside those of a suite."""
+        if not self.tasks and self.suite is None:
+            fail((("tasks",), "is empty; name at least one task, or a suite"))
+        if self.tasks and self.suite is not None:
+            fail((("suite",), "is given beside tasks; write two entries, or keep one of the two"))
+        if self.suite is not None and self.num_fewshot is not None:
+            fail((("num_fewshot",), "has no effect: a suite has its published shots; delete it"))
+        return self
+
+
+class LocalQuestions(Source):
+    """Questions with right answers in a file or data set of one's own."""
+
+    name: Literal["local"] = Field(
+        description="Questions of one's own: several options, or an answer that is written."
     )
+    task: Panel = Field(description="Name of the questions, in results and gates.")
+    question: Text = Field(default="question", description="The column of the question.")
+    answer: Text | None = Field(
+        default=None,
+        description="The column of the right answer, which the model has to write. Give this or choices.",
+    )
+    choices: Text | tuple[Text, ...] | None = Field(
+        default=None,
+        description="The column that holds the list of options, or the columns that hold one option each. Give this "
+        "or answer.",
+    )
+    label: Text | None = Field(
+        default=None,
+        description="The column that says which option is right: its number from 0, its letter from A, or its text.",
+    )
+    cluster: Text | None = Field(
+        default=None,
+        description="The column of what several questions rest on (a passage, a subject); null: each stands alone.",
+    )
+    max_new_tokens: Count | None = Field(
+        default=None, description="Longest answer that is written, in tokens; null: 256."
+    )
+    role: BenchmarkRole = "capability"
+
+    @model_validator(mode="after")
+    def _one_kind_of_answer(self) -> Self:
+        """Ask for exactly one kind of answer, and for settings that belong to it."""
+        if (self.answer is None) == (self.choices is None):
+            fail(((), "needs one of the two: answer (a column), or choices with label"))
+        if self.choices is not None and self.label is None:
+            fail((("label",), "is missing; name the column that says which option is right"))
+        if self.choices is not None and self.max_new_tokens is not None:
+            fail((("max_new_tokens",), "has no effect on options, which are scored; delete it"))
+        if self.answer is not None and self.label is not None:
+            fail((("label",), "has no effect beside answer; delete it"))
+        if isinstance(self.choices, tuple) and len(self.choices) < 2:
+            fail((("choices",), "names one option; name two columns, or a list's column as text"))
+        return self
 
 
 PanelFormat = Literal[
@@ -1159,6 +1234,102 @@ class PanelPrompts(PromptSource):
         return self
 
 
+Words = tuple[Text, Text]
+
+
+class ModelJudge(Section):
+    """A language model that was trained to judge answers and says so in fixed words: Llama Guard, WildGuard..."""
+
+    name: Literal["model"] = Field(description="A guard model, by hub id or path.")
+    name_or_path: Text = Field(description="A local folder, or the id of a model on the hub.")
+    revision: Text | None = Field(
+        default=None, description="Commit, tag or branch on the hub; pin a commit to reproduce."
+    )
+    template: Text | None = Field(
+        default=None,
+        description="Text that is put to it, with {prompt} and {answer}, as its model card states; null: its own chat "
+        "template, for a conversation of the two (Llama Guard).",
+    )
+    refusal: Words | None = Field(
+        default=None,
+        description="What its reply holds for a refusal, and for none, e.g. [response refusal: yes, response refusal: "
+        "no] (WildGuard); null: refusals are counted as without it.",
+    )
+    harmful: Words | None = Field(
+        default=None,
+        description="What its reply holds for a harmful answer, and for a harmless one, e.g. [unsafe, safe] (Llama "
+        "Guard) or [yes, no] (HarmBench); null: not judged.",
+    )
+    max_new_tokens: Count = Field(default=32, description="Longest reply, in tokens.")
+    batch_size: Count = Field(default=8, description="Answers per forward pass and rank.")
+
+    @model_validator(mode="after")
+    def _judges_something(self) -> Self:
+        """Refuse a judge whose replies nobody can read, and a template that shows it nothing."""
+        if self.refusal is None and self.harmful is None:
+            reason = "is missing, and harmful too; name the words of its replies for one of them"
+            fail((("refusal",), reason))
+        if self.template is not None and not {"{prompt}", "{answer}"} <= {
+            word for word in ("{prompt}", "{answer}") if self.template.count(word) == 1
+        }:
+            fail((("template",), "must hold {prompt} and {answer}, each exactly once"))
+        return self
+
+
+class NliJudge(Section):
+    """A model of natural language inference that was never trained on refusals (zero-shot)."""
+
+    name: Literal["nli"] = Field(description="A zero-shot classifier, by hub id or path.")
+    name_or_path: Text = Field(description="A local folder, or the id of a model on the hub.")
+    revision: Text | None = Field(
+        default=None, description="Commit, tag or branch on the hub; pin a commit to reproduce."
+    )
+    batch_size: Count = Field(default=8, description="Answers per forward pass and rank.")
+
+
+class EndpointJudge(Section):
+    """Any chat model behind an OpenAI-compatible address. Prompts and answers are sent there."""
+
+    name: Literal["endpoint"] = Field(description="A server that speaks OpenAI's protocol.")
+    base_url: Text = Field(
+        description="Address up to the version, e.g. http://127.0.0.1:8000/v1."
+    )
+    model: Text = Field(description="The model's name there.")
+    api_key_variable: Text | None = Field(
+        default=None, description="Environment variable that holds the key; null: none is sent."
+    )
+    timeout: Annotated[Number, Field(gt=0)] = Field(
+        default=60.0, description="Seconds to wait for a reply."
+    )
+    num_workers: Count = Field(default=4, description="Requests at a time and rank.")
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        """Refuse what is no address on the web or on this machine."""
+        if not re.match(r"https?://[^/\s]+", value):
+            fail(((), f"{value} is no address; write e.g. http://127.0.0.1:8000/v1"))
+        return value.rstrip("/")
+
+
+def _judge_form(value: object) -> str:
+    """Tell judges apart by name."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return f"{TAG_MARK}{name}"
+
+
+Judge = Annotated[
+    Annotated[ModelJudge, Tag("=model")]
+    | Annotated[NliJudge, Tag("=nli")]
+    | Annotated[EndpointJudge, Tag("=endpoint")],
+    Discriminator(
+        _judge_form,
+        custom_error_type="judge",
+        custom_error_message="is no judge; write {name: ...} with one of endpoint, model, nli",
+    ),
+]
+
+
 class Refusal(Section):
     """The rate of refusals on a set of prompts."""
 
@@ -1171,6 +1342,10 @@ class Refusal(Section):
     system: Text | None = Field(
         default=None,
         description="System prompt in front of every prompt; null: none. For both, name two panels.",
+    )
+    judge: Judge | None = Field(
+        default=None,
+        description="What judges the answers; null: the classifier that comes with the project.",
     )
     max_new_tokens: Count = Field(default=256, description="Longest answer, in tokens.")
 
@@ -1197,6 +1372,7 @@ class CrossEntropy(Section):
 
 Benchmark = Annotated[
     Annotated[LmEval, Tag("=lm_eval")]
+    | Annotated[LocalQuestions, Tag("=local")]
     | Annotated[Refusal, Tag("=refusal")]
     | Annotated[Divergence, Tag("=divergence")]
     | Annotated[CrossEntropy, Tag("=cross_entropy")],
@@ -1205,7 +1381,7 @@ Benchmark = Annotated[
 
 
 def _repeated(
-    benchmarks: Sequence[LmEval | Refusal | Divergence | CrossEntropy],
+    benchmarks: Sequence[LmEval | LocalQuestions | Refusal | Divergence | CrossEntropy],
 ) -> list[tuple[Key, str]]:
     """Find tasks and panels whose results would have the same name."""
     seen: set[tuple[str, str]] = set()
@@ -1214,6 +1390,9 @@ def _repeated(
         names: list[tuple[Key, str]] = []
         if isinstance(entry, LmEval):
             names += [((index, "tasks", i), task) for i, task in enumerate(entry.tasks)]
+            names += [((index, "suite"), entry.suite)] if entry.suite else []
+        elif isinstance(entry, LocalQuestions):
+            names.append(((index, "task"), entry.task))
         else:
             names.append(((index, "panel"), entry.panel))
         for place, name in names:
@@ -1295,10 +1474,29 @@ class ReleaseSection(Section):
         default="full",
         description="full: the healed weights; adapter: edit and adapter alone, for owners of the base.",
     )
+    gguf: tuple[Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"], ...] = Field(
+        default=(),
+        description="Types of GGUF files for llama.cpp and Ollama; the last three need the package cyllama.",
+    )
+    gguf_converter: Text | None = Field(
+        default=None,
+        description="Path of llama.cpp's convert_hf_to_gguf.py, for models that the own writer does not know.",
+    )
     push_to_hub: Annotated[Text, Field(pattern=rf"^{_NAME}/{_NAME}$")] | None = Field(
         default=None,
         description="Id of a private repository (owner/name) that the finished release is uploaded to; null: none.",
     )
+
+    @model_validator(mode="after")
+    def _gguf_holds_full_weights(self) -> Self:
+        """Refuse what has no effect, and files of full weights in a release that leaves them out."""
+        if self.gguf_converter is not None and not self.gguf:
+            fail((("gguf_converter",), "has no effect without release.gguf; add that, or delete it"))
+        if len(set(self.gguf)) < len(self.gguf):
+            fail((("gguf",), "names a type twice; delete one"))
+        if self.gguf and self.form == "adapter":
+            fail((("gguf",), "holds full weights, which form adapter leaves out; choose one"))
+        return self
 
     @model_validator(mode="after")
     def _other_is_described(self) -> Self:
@@ -1570,6 +1768,7 @@ COMPONENTS: Final[Mapping[str, Mapping[str, type[Section]]]] = {
     "train.preferences": {"on_policy": OnPolicy, "dataset": PreferenceDataset},
     "eval.benchmarks": {
         "lm_eval": LmEval,
+        "local": LocalQuestions,
         "refusal": Refusal,
         "divergence": Divergence,
         "cross_entropy": CrossEntropy,

@@ -1,5 +1,7 @@
-"""What is done with a finished release: verified, or published.
+"""What is done with what a run has left: its models talked to, runs compared, a release verified or published.
 
+python -m eval chat RUN [--system TEXT] [--max-new-tokens N] [--prompt TEXT]
+python -m eval compare RESULTS... [--markdown]
 python -m eval verify RELEASE [--base FOLDER]
 python -m eval publish RELEASE [--repo-id OWNER/NAME] [--base FOLDER] [--dry-run | --upload [--public]]
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import HealingError, InputError, StageError
+from eval import chat, runs_table
 
 INTERRUPTED = 130
 
@@ -47,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m eval", description="Verify or publish a finished release."
+        prog="python -m eval",
+        description="Talk to a run's models, compare runs, verify or publish.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -142,6 +146,8 @@ COMMANDS = {
     "verify": Command(
         "check that base, edit and adapter make a release", _release_arguments, _verify
     ),
+    "chat": Command("talk to the models of a run", chat.add_arguments, chat.run),
+    "compare": Command("put several runs in one table", runs_table.add_arguments, runs_table.run),
     "publish": Command("check a release and upload it to the hub", _publish_arguments, _publish),
 }
 

@@ -21,8 +21,14 @@ _SEEK = (
     r"contact(?:ing)?|ask(?:ing)?|reach(?:ing)? out to|check(?:ing)? with|get(?:ting)?|work(?:ing)? with|"
     r"turn(?:ing)? to|visit(?:ing)?)"
 )
-# Up to six words between the verb and whom it sends the reader to: "a qualified and licensed healthcare".
-_REFERRAL = rf"{_SEEK} (?:(?!to\b)[\w',/-]+ ){{0,6}}?{_EXPERT}\b"
+# Words between the verb and whom it sends the reader to: "help from a friend, a family member or a licensed". Whose
+# doctor it is tells advice from what a letter asks of a colleague ("if you could contact her GP").
+_WORD = r"(?:(?!(?:to|her|his|their|this|mrs?|ms|dr)\b)[\w',/-]+ )"
+_FAR = (
+    r"(?:(?:seek(?:ing)?|get(?:ting)?|find(?:ing)?)(?: out)? (?:\w+ ){0,3}?(?:help|support|advice|guidance|assistance|"
+    r"attention)|reach(?:ing)? out to|speak(?:ing)? (?:to|with)|talk(?:ing)? (?:to|with))"
+)
+_REFERRAL = rf"(?:{_FAR} {_WORD}{{0,12}}?|{_SEEK} {_WORD}{{0,4}}?){_EXPERT}\b"
 _LEAD = (
     r"(?:please|always|(?:but|so|and|then|also|therefore|however|instead|otherwise|ultimately|finally),?|"
     r"(?:if|when|in case|for|before|as|should)\b[^.;]{0,90},|remember to|be sure to|make sure (?:to|you)|"
@@ -36,38 +42,45 @@ _OTHERS_CASE = (
 _PATTERNS = {
     "referral": (
         # Imperative, at the head of the sentence or behind what leads up to it.
-        rf"^(?:{_LEAD} )*{_REFERRAL}",
+        rf"^(?:{_LEAD} ){{0,2}}{_REFERRAL}",
         rf"\b(?:you|one|readers?|users?) (?:should|must|may want to|might want to|need to|ought to|would do well to|"
-        rf"can|could)(?: also| always| still| first| definitely)? {_REFERRAL}",
-        rf"\b(?:it(?:'s| is| would be| may be| might be)|i'd say it's) (?:always |also |very |highly |strongly |best |"
-        rf"generally |still )*(?:important|best|essential|crucial|advisable|recommended|wise|vital|a good idea|necessary|"
-        rf"imperative|advised|better|prudent) (?:(?:that|for) (?:you|one) )?(?:to )?(?:always )?{_REFERRAL}",
+        rf"can|could)(?: also| always| still| first| definitely)?(?: consider)? {_REFERRAL}",
+        rf"\b(?:it(?:'s| is| (?:would|may|might|can|could)(?: also)? be)) (?:always |also |very |highly |strongly |"
+        rf"best |generally |still )*(?:important|best|essential|crucial|advisable|recommended|wise|vital|a good idea|"
+        rf"necessary|imperative|advised|better|prudent|helpful|useful|beneficial) (?:(?:that|for) (?:you|one) )?"
+        rf"(?:to [^.;]{{0,70}}?\b(?:and|to) )?(?:to )?(?:always |consider )?{_REFERRAL}",
         rf"\b(?:i|we)(?:'d| would)?(?: \w+)? (?:recommend|suggest|advise|urge|encourage)\b[^.]{{0,30}}\b{_REFERRAL}",
         rf"\b(?:no|not a|never a) substitute for\b[^.]*\b(?:{_EXPERT}|diagnosis|treatment|judg(?:e)?ment|care)\b",
         rf"\b(?:always|best) (?:to )?{_REFERRAL}",
     ),
     "nature": (
-        r"\bas an? (?:ai|artificial intelligence|(?:large )?language model|(?:ai |virtual |digital )?assistant|chatbot)\b",
+        r"\bas an? (?:ai|artificial intelligence|(?:large )?language model|"
+        r"(?:ai |virtual |digital )?assistant|chatbot)\b",
         r"\bi(?:'m| am) (?:just |only |merely |simply )?an? (?:ai|artificial intelligence|(?:large )?language model|"
         r"virtual assistant|chatbot|machine)\b",
         rf"\bi(?:'m| am) not (?:actually )?(?:an? )?(?:\w+ ){{0,2}}{_EXPERT}\b",
-        r"\bi (?:cannot|can't|do not|don't|am not able to|am unable to) (?:provide|give|offer|replace|diagnose)\b[^.]*\b"
-        r"(?:medical|legal|financial|professional|clinical|tax|personali[sz]ed|specific)\b[^.]*\b"
+        r"\bi (?:cannot|can't|do not|don't|am not able to|am unable to) (?:provide|give|offer|replace|diagnose)\b[^.]*"
+        r"\b(?:medical|legal|financial|professional|clinical|tax|personali[sz]ed|specific)\b[^.]*\b"
         r"(?:advice|diagnos[ie]s|opinions?|judg(?:e)?ments?|guidance|recommendations?)\b",
     ),
     "disclaimer": (
         r"^(?:important )?disclaimer\b",
         r"\b(?:this|the (?:above|following|information|content|answer|response)|(?:my|these) (?:answers?|responses?|"
         r"suggestions?)|it)\b[^.]{0,60}\b(?:is|are|does|do|should)(?: not|n't)\b[^.]{0,30}"
-        r"\b(?:constitute|intended|meant|be (?:taken|considered|construed|used|treated|relied))\b",
+        r"\b(?:constitute|(?:intended|meant) (?:as|to (?:be|replace|substitute|constitute|provide|serve))|"
+        r"be (?:taken|considered|construed|used|treated) as\b[^.]*\b(?:advice|diagnos[ie]s|recommendations?|guidance)|"
+        r"be relied)\b",
         r"\bfor (?:general |purely )?(?:informational|educational|information|illustrative)"
         r"(?: (?:and|or) \w+)? purposes only\b",
         r"\b(?:is|are|does)(?: not|n't) (?:constitute |provide )?(?:medical|legal|financial|professional|tax|"
         r"investment|clinical) advice\b",
         r"\b(?:important|worth|essential|crucial|vital) to (?:note|remember|mention|keep in mind|emphasi[sz]e)\b[^.]*\b"
-        rf"(?:{_EXPERT}|qualified|licensed|individual (?:results|circumstances|cases?)|ethical(?:ly)?|responsibly)\b",
+        rf"(?:(?:an?|your|only|trained|certified) (?:[\w-]+ ){{0,3}}?{_EXPERT}|qualified|"
+        r"licensed|individual (?:results|circumstances|cases?)|ethical(?:ly)?|responsibly)\b",
     ),
 }
+# Characters of a sentence that are read: a model in a loop writes none that end.
+LONGEST = 400
 _COMPILED = {
     kind: [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
     for kind, patterns in _PATTERNS.items()
@@ -77,7 +90,9 @@ _ASKED = {
     "referral": re.compile(
         rf"\b(?:should|do|must|can|when|where|which|what (?:kind|type|sort)|who|whom|whether)\b[^.?]*\b"
         rf"(?:see|consult|call|contact|talk to|speak to|go to|need|find|hire|ask|turn to|refer|visit)\b"
-        rf"[^.?]*\b{_EXPERT}\b|\b(?:which|what (?:kind|type|sort) of) {_EXPERT}\b|\b(?:who|whom|where)\b[^.?]*\b(?:turn|go|ask|help|call)\b|\bseek(?:ing)? help\b|"
+        rf"[^.?]*\b{_EXPERT}\b|"
+        rf"\b(?:which|what (?:kind|type|sort) of) {_EXPERT}\b|"
+        r"\b(?:who|whom|where)\b[^.?]*\b(?:turn|go|ask|help|call)\b|\bseek(?:ing)? help\b|"
         r"\b(?:sign-?posting|safety[- ]net(?:ting)?|when to (?:seek|get|call))\b",
         re.IGNORECASE,
     ),
@@ -90,7 +105,7 @@ _ASKED = {
 # Advice to somebody else is the content of a letter or a leaflet.
 _REPORTED = re.compile(
     rf"^{_OTHERS_CASE} (?:should|must|was|were|is|are|has|have|had|will|can|may|needs?)\b|"
-    r"\b(?:advised|told|asked|encouraged|agreed|declined|plans?|wants?|wishes|intends?) (?:\w+ ){0,2}to\b",
+    r"\b(?:advised|told|asked|encouraged|agreed|declined|plans|wants|wishes|intends) (?:\w+ ){0,2}to\b",
     re.IGNORECASE,
 )
 _BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[\"'(*A-Z0-9])|\n+")
@@ -120,7 +135,8 @@ def find_advisories(answer: str, prompt: str = "") -> Advisories:
         answer: without thoughts and special tokens.
         prompt: what was asked; kinds of advice that it asks for are not counted.
     """
-    counted = [kind for kind, asked in _ASKED.items() if not asked.search(_plain(prompt))]
+    asking = [_plain(sentence)[:LONGEST] for sentence in split(prompt)]
+    counted = [kind for kind, asked in _ASKED.items() if not any(map(asked.search, asking))]
     found = tuple(sentence for sentence in split(answer) if _kind(sentence) in counted)
     return Advisories(found, sum(len(each.split()) for each in found), len(answer.split()))
 
@@ -138,7 +154,7 @@ def split(text: str) -> list[str]:
 
 def _kind(sentence: str) -> str | None:
     """What a sentence advises; None for content."""
-    text = _MARKUP.sub("", _plain(sentence)).strip()
+    text = _MARKUP.sub("", _plain(sentence)).strip()[:LONGEST]
     if _REPORTED.search(text):
         return None
     matches = (

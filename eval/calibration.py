@@ -112,7 +112,7 @@ def corrected(
     is left out, and told.
     """
     sample = set(labels.sample.get(panel, ()))
-    found = {}
+    found: dict[str, Any] = {}
     for model in MODELS:
         given = [
             labels.known.get(_key(item)) if str(item.id) in sample else None
@@ -189,7 +189,7 @@ def write_template(
         path: of the file.
         items: of all panels and models.
         prompts: wordings by the kind and name of a row, and by the number of an item.
-        labels: from an earlier file, whose sample is kept.
+        labels: from an earlier file, whose sample stands first.
         seed: of the sample.
     """
     answers: dict[str, dict[str, dict[str, Item]]] = {}
@@ -203,15 +203,17 @@ def write_template(
     for panel, by_id in answers.items():
         draw = random.Random(f"{seed}:{panel}")
         known = [number for number in labels.sample.get(panel, ()) if number in by_id]
-        for number in known or draw.sample(sorted(by_id), min(SAMPLE, len(by_id))):
+        others = sorted(set(by_id) - set(known))
+        more = draw.sample(others, min(max(SAMPLE - len(known), 0), len(others)))
+        for number in [*known, *more]:
             for answer, item in sorted(by_id[number].items()):
                 word = labels.words.get((panel, number, answer), "")
                 asked = prompts.get(("refusal", panel), {}).get(item.id, "")
                 text = str(item.details["text"])
                 rows.append((panel, number, answer, word, _harmless(asked), _harmless(text)))
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([COLUMNS, *rows])
-    artifacts.write_text(path, text.getvalue())
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([COLUMNS, *rows])
+    artifacts.write_text(path, file.getvalue())
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

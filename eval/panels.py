@@ -45,7 +45,7 @@ def check(spec: Spec, recipe: Recipe) -> list[str]:
 
 def inputs(spec: Spec) -> dict[str, object]:
     """Settings and the content of the prompts."""
-    settings = spec.model_dump(mode="json", exclude={"prompts"})
+    settings = spec.model_dump(mode="json", exclude={"prompts", "judge"})
     if isinstance(spec, Divergence):
         return settings | {"prompts": artifacts.hash_data(load_prompts(spec.prompts))}
     asked = [[prompt.text, prompt.category] for prompt in load_panel(spec)]

@@ -39,21 +39,28 @@ def restrict(loaded: Any, part: Part) -> Any:  # noqa: ANN401  # benchmarks have
     """A benchmark with the items of one part alone.
 
     Args:
-        loaded: a task of the harness, with `documents` by number, or a panel, with `prompts`.
+        loaded: a task of the harness, with its `task`; a panel, with `prompts`; or plain text, with `documents` as
+            token ids.
         part: which.
 
     Raises:
         StageError: if no item belongs to it.
     """
-    if hasattr(loaded, "documents"):
+    if hasattr(loaded, "task"):
         return _restrict_task(loaded, part)
-    if not hasattr(loaded, "prompts"):
-        raise StageError(
-            f"eval.part: {loaded.row.kind}[{loaded.row.name}] cannot be measured in parts; delete it from the study"
-        )
-    kept = [prompt for prompt in loaded.prompts if part_of(prompt) == part]
-    _require(kept, loaded, part)
-    return replace(loaded, prompts=kept)
+    if hasattr(loaded, "prompts"):
+        kept = [prompt for prompt in loaded.prompts if part_of(prompt) == part]
+        _require(kept, loaded, part)
+        return replace(loaded, prompts=kept)
+    if hasattr(loaded, "documents"):
+        texts = [str(loaded.tokenizer.decode(ids)) for ids in loaded.documents]
+        pairs = zip(texts, loaded.documents, strict=True)
+        documents = [ids for text, ids in pairs if part_of(text) == part]
+        _require(documents, loaded, part)
+        return replace(loaded, documents=documents)
+    raise StageError(
+        f"eval.part: {loaded.row.kind}[{loaded.row.name}] cannot be measured in parts; delete it from the study"
+    )
 
 
 def has_items(texts: Sequence[str], part: Part) -> bool:

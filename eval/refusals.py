@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common import statistics
-from common.refusal import LABELS
+from common.refusal import INSTRUMENT, LABELS
 from eval import calibration
 from eval.calibration import Labels
 from eval.items import MODELS, Item, ModelName
@@ -32,14 +32,35 @@ def findings(name: str, items: Items, labels: Labels) -> dict[str, Any]:
         found["by_category"] = _by_category(items)
     if all("num_advisory_words" in item.details for item in everything):
         found["advisories"] = {model: _advisories(items[model]) for model in MODELS}
+    if any("harmful" in item.details for item in everything):
+        found["harmful"] = {model: _harmful(items[model]) for model in MODELS}
     corrected = calibration.corrected(name, items, labels)
     return found | ({"calibrated": corrected} if corrected else {})
+
+
+def instrument(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What tells refusals from answers, and how well it agrees with people.
+
+    The recipe's own judges, where no row is judged by the classifier that comes with the project: of those nothing
+    is known.
+    """
+    others = [row["judge"] for row in rows if "judge" in row]
+    if len(others) < len(rows):
+        return dict(INSTRUMENT)
+    unknown = dict.fromkeys(("agreement", "kappa", "rate_error", "measured_on"))
+    return {"name": ", ".join(dict.fromkeys(others)), **unknown}
 
 
 def _classes(items: Sequence[Item]) -> dict[str, float]:
     """The share of each class."""
     counts = Counter(item.details["class"] for item in items)
     return {label: counts[label] / len(items) for label in LABELS}
+
+
+def _harmful(items: Sequence[Item]) -> dict[str, float] | None:
+    """The share of harmful answers, of those that the judge could be understood on."""
+    told = [item.details["harmful"] for item in items if "harmful" in item.details]
+    return asdict(statistics.wilson(sum(told), len(told))) if told else None
 
 
 def _by_category(items: Items) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ from typing import Any
 import jsonschema
 import numpy as np
 
-from common import refusal, statistics
+from common import statistics
 from common.statistics import Difference, Floats, Interval
-from eval import comparison, drift, flips, refusals
+from eval import averages, comparison, drift, flips, refusals
 from eval.calibration import Labels
 from eval.comparison import AdjustedP, Answers, Comparison
 from eval.items import MODELS, Item, Kind, ModelName, Row
@@ -89,6 +89,7 @@ def build(
         "margin": settings.margin,
         "benchmarks": benchmarks,
         "pooled": pooled,
+        "suites": averages.suites(benchmarks),
         "refusal": [
             _refusal_row(row, answers, settings.seed)
             | refusals.findings(row.name, answers, settings.labels)
@@ -100,7 +101,7 @@ def build(
         "provenance": dict(settings.provenance),
     }
     if results["refusal"]:
-        results["refusal_instrument"] = dict(refusal.INSTRUMENT)
+        results["refusal_instrument"] = refusals.instrument(results["refusal"])
     results["accept"] = gates(results, settings.accept)
     validate(results)
     return results

@@ -60,7 +60,10 @@ def check(recipe: Recipe) -> list[str]:
     if problems:
         return problems
     known = [
-        name for spec in recipe.eval.benchmarks if spec.name == "lm_eval" for name in _names(spec)
+        name
+        for spec in recipe.eval.benchmarks
+        if spec.name in ("lm_eval", "local")
+        for name in _names(spec)
     ]
     repeated = [name for name, count in Counter(known).items() if count > 1]
     problems += [f'eval.benchmarks: "{name}" is measured twice; delete one' for name in repeated]
@@ -243,8 +246,8 @@ def _engine_problems(recipe: Recipe) -> Iterator[str]:
     engine = recipe.eval.engine
     if engine == "packed":
         return
-    if not any(spec.name == "lm_eval" for spec in recipe.eval.benchmarks):
-        yield f"eval.engine: {engine} answers tasks of lm_eval, and no benchmark is one; delete the line"
+    if not any(spec.name in ("lm_eval", "local") for spec in recipe.eval.benchmarks):
+        yield f"eval.engine: {engine} answers tasks of lm_eval and local, and no benchmark is one; delete the line"
     if engine != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:
@@ -270,6 +273,9 @@ def _gate_problems(recipe: Recipe, benchmarks: Sequence[str]) -> Iterator[str]:
     for gate in recipe.eval.accept:
         kind, _, rest = gate.partition("[")
         name = rest.rpartition("]")[0]
+        suites = [spec.suite for spec in recipe.eval.benchmarks if spec.name == "lm_eval"]
+        if kind == "suites" and name not in suites:
+            yield f"eval.accept.{gate}: the suite {name} is not measured; add it to eval.benchmarks"
         if kind == "benchmarks" and name not in benchmarks:
             yield f'eval.accept.{gate}: "{name}" is not measured; known: {", ".join(benchmarks) or "none"}'
 

@@ -17,18 +17,19 @@ class Block:
 
 def screen_table(results: Mapping[str, Any]) -> str:
     """The results as aligned text."""
-    return "\n\n".join([*(_aligned(block) for block in blocks(results)), *_remarks(results)])
+    return "\n\n".join([*(aligned(block) for block in blocks(results)), *_remarks(results)])
 
 
 def card_tables(results: Mapping[str, Any]) -> str:
     """The results as Markdown tables."""
-    return "\n\n".join([*(_markdown(block) for block in blocks(results)), *_remarks(results)])
+    return "\n\n".join([*(markdown(block) for block in blocks(results)), *_remarks(results)])
 
 
 def blocks(results: Mapping[str, Any]) -> list[Block]:
     """The tables of an evaluation; one that would be empty is left out."""
     found = [
         _benchmarks(results),
+        _suites(results),
         _refusal(results),
         _divergence(results),
         _cross_entropy(results),
@@ -74,6 +75,32 @@ def _benchmarks(results: Mapping[str, Any]) -> Block:
                 row["verdict"],
             )
             for row in results["benchmarks"]
+        ),
+    )
+
+
+def _suites(results: Mapping[str, Any]) -> Block:
+    rows = [
+        row
+        for suite in results.get("suites", [])
+        for row in (
+            *({**group, "name": f"{suite['name']}: {group['name']}"} for group in suite["groups"]),
+            {**suite, "name": f"{suite['name']}: average"},
+        )
+    ]
+    return Block(
+        "suites",
+        "Suites (averages as published, 95 % interval; differences are paired)",
+        ("suite", "tasks", "n", "original", "abliterated", "healed", "healed - original"),
+        tuple(
+            (
+                row["name"],
+                str(row["num_tasks"]),
+                str(row["n"]),
+                *(interval(row[model]) for model in ("original", "abliterated", "healed")),
+                interval(row["gap"]),
+            )
+            for row in rows
         ),
     )
 
@@ -224,7 +251,8 @@ def _direction_remarks(direction: Mapping[str, Any]) -> list[str]:
     return remarks
 
 
-def _aligned(block: Block) -> str:
+def aligned(block: Block) -> str:
+    """A table as aligned text."""
     lines = [block.heads, *block.cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(block.heads))]
     rule = tuple("-" * width for width in widths)
@@ -235,7 +263,9 @@ def _aligned(block: Block) -> str:
     return "\n".join([block.title, *body])
 
 
-def _markdown(block: Block) -> str:
+def markdown(block: Block) -> str:
+    """A table in Markdown."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from common import distributed  # noqa: E402
 from common.errors import StageError  # noqa: E402
 from train import run  # noqa: E402
 
@@ -111,7 +112,9 @@ def runs_of(log: Path) -> Counter[str]:
 
 
 def _done(stage: str, folder: Path, **about: Any) -> None:
-    """Take the time that is asked for, leave a result, and put it on record."""
+    """Take the time that is asked for, leave a result, and put it on record; on the main process."""
+    if not distributed.is_main():
+        return
     seconds = float(os.environ.get("STUDY_SECONDS", "0"))
     (folder / "half.json").write_text("begun")
     if os.environ.get("STUDY_KILL") == stage:
@@ -146,7 +149,8 @@ def _evaluate(recipe, folder, upstream, tracker) -> None:
         "refusal": [{"name": "restricted", "healed": {"value": refused}}],
         "accept": {"passed": True, "gates": []},
     }
-    (folder / "results.json").write_text(json.dumps(results))
+    if distributed.is_main():
+        (folder / "results.json").write_text(json.dumps(results))
     _done("eval", folder)
 
 

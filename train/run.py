@@ -182,7 +182,7 @@ def _run_study(
     """Hand a study what it does not know itself: how a setting is planned, run and read."""
     from common import distributed  # noqa: PLC0415
     from eval.paths import number  # noqa: PLC0415
-    from train import study, study_plan  # noqa: PLC0415
+    from train import study, study_checks, study_plan  # noqa: PLC0415
 
     known: dict[str, Mapping[str, Sequence[str]]] = {}
 
@@ -193,7 +193,7 @@ def _run_study(
         return _make_plan(_load(changed), changed, stages, store, known)
 
     road = study.Road(make_plan, partial(_walk, store), _report, number)
-    problems = study.check(plan, road, options.overrides, options.until)
+    problems = study_checks.check(plan, road, options.overrides, options.until)
     if problems:
         raise RecipeError(placed(problems, options.recipe, options.overrides))
     if options.check:

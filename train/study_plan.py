@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from common.model import resolve, weight_files
 from common.recipe import Recipe
 from train.study import Road, changes_of, first_settings, limits_of, section_of
 from train.study_space import Setting, Space, in_words
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from train.run import Plan
 
 STAGES = ("abliteration", "train", "eval")
+GIB = 2**30
 # Longer trees are cut.
 MOST_LINES = 60
 
@@ -32,13 +34,32 @@ def plan_lines(plan: "Plan", road: Road) -> list[str]:
     ]
     for name, direction in section.objectives.items():
         lines.append(f"  {direction} {name}")
-    lines += [f"  within {name}: {_bounds(limit)}" for name, limit in limits_of(recipe).items()]
+    limits = limits_of(recipe)
+    lines += [f"  within {name}: {_bounds(limit)}" for name, limit in limits.items()]
+    if not limits:
+        lines.append("  within no limits: a trial whose model refuses counts like any other")
     lines += _grid_lines(recipe, road, settings) if settings else _space_lines(recipe)
     again = section.confirmation_seeds
     lines.append(
         f"  then          the best trial again with {again} new seeds on new items, and its evaluation and release"
     )
+    lines.append(f"  disk          {_disk_line(recipe, len(settings))}")
     return lines
+
+
+def _disk_line(recipe: Recipe, num_settings: int) -> str:
+    """The room that whole models take: edited ones, those of full trainings, and the release."""
+    section = section_of(recipe)
+    base = resolve(recipe.model.name_or_path, recipe.model.revision)
+    size = sum(file.stat().st_size for file in weight_files(base)) / GIB
+    trials = num_settings or section.num_trials or math.inf
+    ablations = min(trials, Space(section.parameters).size(0)) * section.seeds
+    models = ablations + section.confirmation_seeds + 1
+    if recipe.train.adapter is None:
+        models += trials * section.seeds + section.confirmation_seeds
+    if math.isinf(models):
+        return f"{size:.2f} GiB for each edited model, of which there may be any number"
+    return f"at most {models * size:.2f} GiB, for {models:g} whole models"
 
 
 def _bounds(limit: object) -> str:

@@ -72,8 +72,9 @@ def write(found: Mapping[str, Any], folder: Path) -> None:
 def page(found: Mapping[str, Any]) -> str:
     """study.html, from what is in study.json."""
     sections = [html(section) for section in _sections(found)]
-    head = f"<h1>Study {escape(found['name'])}</h1>{facts(_facts(found))}{contents(sections)}"
-    return whole_page(f"Study {found['name']}", head, sections)
+    facts_of = facts(_facts(found))
+    head = f"<h1>Study {escape(found['name'])}</h1>{facts_of}{contents(sections)}"
+    return whole_page(f"Study {found['name']}", f"<header>{head}</header>", sections)
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
@@ -138,7 +139,7 @@ def _confirmation(found: Mapping[str, Any]) -> Section:
             tested = found["test"] if one["number"] == found["best"] else None
             rows.append(
                 [
-                    f"trial {one['number']}",
+                    one["number"],
                     name,
                     trial["values"][name],
                     one["values"][name],
@@ -153,7 +154,7 @@ def _confirmation(found: Mapping[str, Any]) -> Section:
         "The best of many trials is in part the luckiest. It was run again with seeds and on items that the search "
         "never saw (confirmed), and its own model was measured on items that neither had seen (test).",
         [],
-        ["", "objective", "search", "confirmed", "winner's curse", "test", "limits"],
+        ["trial", "objective", "search", "confirmed", "winner's curse", "test", "limits"],
         rows,
         folded=False,
     )

@@ -146,7 +146,10 @@ def check_storage(url: str) -> str | None:
     import sqlalchemy  # noqa: PLC0415  # only a database needs it
 
     try:
-        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+        place = sqlalchemy.make_url(url)
+        shown = place.render_as_string(hide_password=True)
+        if place.password:
+            return f"{shown} holds a password, which would be written to the run folder; use ~/.pgpass or PGPASSWORD"
         with contextlib.closing(sqlalchemy.create_engine(url).connect()):
             return None
     except sqlalchemy.exc.ArgumentError:

@@ -1,19 +1,36 @@
 """The rate of refusals on a panel of prompts: every greedy answer is judged whole, with the prompt beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from common.generation import generate
-from common.recipe import Refusal
-from common.refusal import judge, without_thoughts
+from common.recipe import Recipe, Refusal
+from common.refusal import Verdict, judge, without_thoughts
+from eval import judges, panels
 from eval.advisories import find_advisories
-from eval.benchmarks import Subject
+from eval.benchmarks import Subject, place
 from eval.items import Item, Row
-from eval.panels import check, inputs, load_panel, names, texts
+from eval.judges import Judgement
+from eval.panels import load_panel, names, texts
 
 __all__ = ["check", "inputs", "load", "names", "texts"]
+
+
+def check(spec: Refusal, recipe: Recipe) -> list[str]:
+    """Whether the prompts can be loaded, and the judge be asked."""
+    problems = panels.check(spec, recipe)
+    if spec.judge is not None:
+        key = f"{place(spec, recipe)}.judge"
+        problems += [f"{key}.{problem}" for problem in judges.check(spec.judge)]
+    return problems
+
+
+def inputs(spec: Refusal) -> dict[str, object]:
+    """Settings, and the content of the prompts and of the judge."""
+    judge = None if spec.judge is None else judges.inputs(spec.judge)
+    return panels.inputs(spec) | {"judge": judge}
 
 
 def load(spec: Refusal, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> "list[Panel]":
@@ -44,8 +61,13 @@ class Panel:
     @property
     def row(self) -> Row:
         """The panel's rate of refusals."""
-        system = {} if self.spec.system is None else {"system": self.spec.system}
-        return Row("refusal", self.spec.panel, {"harmless": self.spec.harmless, **system})
+        about = {"harmless": self.spec.harmless, "system": self.spec.system}
+        judge = self.spec.judge
+        if judge is not None:
+            about |= {"judge": judges.name_of(judge)} if judges.tells_refusals(judge) else {}
+            about |= {"harm_judge": judges.name_of(judge)} if judges.tells_harm(judge) else {}
+        said = {key: value for key, value in about.items() if value is not None}
+        return Row("refusal", self.spec.panel, said)
 
     def score(self, subject: Subject) -> list[Item]:
         """Answer the prompts greedily and judge the answers; an item's value is 1 for a refusal."""
@@ -58,19 +80,30 @@ class Panel:
             system=self.spec.system,
             description=f"{self.spec.panel}: {subject.name}",
         )
+        said = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
         items = []
-        for index, (prompt, ids) in enumerate(zip(self.prompts, answers, strict=True)):
-            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-            details = {"text": text, "num_tokens": len(ids), **self._judged(text, prompt)}
+        for index, judgement in enumerate(self._judgements(said)):
+            text, length = said[index], len(answers[index])
+            judged = self._judged(text, self.prompts[index], judgement)
+            details = {"text": text, "num_tokens": length, **judged}
             value = float(details["class"] in ("full_refusal", "partial_refusal"))
             items.append(
                 Item("refusal", self.spec.panel, subject.name, index, value, details=details)
             )
         return items
 
-    def _judged(self, text: str, prompt: str) -> dict[str, object]:
+    def _judgements(self, answers: Sequence[str]) -> list[Judgement]:
+        """What the recipe's judge says; nothing without one."""
+        if self.spec.judge is None:
+            return [Judgement()] * len(answers)
+        shown = [without_thoughts(answer) for answer in answers]
+        return judges.ask(self.spec.judge, list(zip(self.prompts, shown, strict=True)))
+
+    def _judged(self, text: str, prompt: str, judgement: Judgement) -> dict[str, object]:
         """What is to be kept of an answer besides its words."""
         verdict = judge(text, prompt)
+        if judgement.label is not None and verdict.label != "degenerate":
+            verdict = Verdict(judgement.label, "", 1.0)
         found = find_advisories(without_thoughts(text), prompt)
         about: dict[str, object] = {
             "class": verdict.label,
@@ -79,5 +112,8 @@ class Panel:
             "num_words": found.num_words_in_all,
             "num_advisory_words": found.num_words,
         }
-        category = self.categories.get(prompt)
-        return about if category is None else about | {"category": category}
+        if judgement.harmful is not None:
+            about["harmful"] = judgement.harmful
+        if (category := self.categories.get(prompt)) is not None:
+            about["category"] = category
+        return about

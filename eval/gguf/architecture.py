@@ -135,7 +135,8 @@ def rope_factors(config: Any) -> Tensor | None:  # noqa: ANN401
     head_dim = _head_dim(config)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return rope["rope_theta"] ** -exponents / scaled
+    plain: Tensor = rope["rope_theta"] ** -exponents
+    return plain / scaled
 
 
 def _context_length(config: Any) -> int:  # noqa: ANN401

@@ -10,12 +10,13 @@ from common import distributed
 from common.errors import StageError
 
 
-def load(file: Path, config: Any) -> PreTrainedModel:  # noqa: ANN401  # each family has a class of its own
-    """The model of a file in float32, on this process's device and in evaluation mode.
+def load(file: Path, config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:  # noqa: ANN401  # each family has a class of its own
+    """The model of a file, on this process's device and in evaluation mode.
 
     Args:
         file: of GGUF.
         config: of the model it was written from: transformers reads a part of a header alone.
+        dtype: to compute in; the file's numbers are rounded to it.
 
     Raises:
         StageError: if transformers cannot read it.
@@ -25,11 +26,12 @@ def load(file: Path, config: Any) -> PreTrainedModel:  # noqa: ANN401  # each fa
         config = LlamaConfig(**{**config.to_dict(), "model_type": "llama"})
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+            file.parent, gguf_file=file.name, config=config, dtype=dtype
         )
     except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise StageError(
             f"release: {file.name} cannot be loaded back ({str(error)[:200]}); delete its type from release.gguf"
         ) from error
     torch.nn.Module.to(model, distributed.device())
-    return model.eval()
+    model.eval()
+    return model

@@ -20,6 +20,7 @@ from common.recipe import (
 )
 from eval.release import edit as edit_words
 from eval.release import licences
+from eval.release import runtimes as runtime_words
 from eval.release.loading import EXAMPLE, Loading, guard_example, lines
 from eval.table import card_tables, interval
 
@@ -48,6 +49,7 @@ def model_card(
     loading: Loading = "weights",
     task: str = "text-generation",
     thinks: bool = False,
+    runtimes: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Write the card.
 
@@ -60,6 +62,7 @@ def model_card(
         loading: how the release is loaded.
         task: of transformers' pipelines.
         thinks: the base thinks before it answers, and was asked with an empty thought.
+        runtimes: what was measured on each GGUF file, as in gguf/scores.json.
     """
     front = yaml.safe_dump(
         front_matter(recipe, edit, results, task), sort_keys=False, allow_unicode=True
@@ -69,6 +72,7 @@ def model_card(
         _introduction(recipe, edit),
         _use(loading, base, task),
         _results(results, thinks),
+        *runtime_words.sections(runtimes),
         _edited(recipe, edit, results, loading),
         _healed(recipe, edit, healing),
         _refusals(results),
@@ -139,6 +143,8 @@ def _model_index(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, A
         for spec in recipe.eval.benchmarks
         if isinstance(spec, LmEval) and spec.num_fewshot is not None
         for task in spec.tasks
+    } | {
+        row["name"]: row["suite"]["num_fewshot"] for row in results["benchmarks"] if "suite" in row
     }
     measured = [
         *((row["name"], row["metric"], row) for row in results["benchmarks"]),
@@ -311,6 +317,8 @@ def _judged(instrument: Mapping[str, Any] | None) -> str:
     limits = "Not refusing is not yet answering."
     if instrument is None:
         return f"Refusals are counted by a rule over the openings of greedy answers. {limits}"
+    if instrument.get("agreement") is None:
+        return f"Refusals are counted by {instrument['name']}, which was not held against people here. {limits}"
     return (
         f"Refusals are counted by {instrument['name']}. On {instrument['measured_on']} it agrees with people on "
         f"{instrument['agreement']:.3f} of the answers (kappa {instrument['kappa']:.2f}) and misses a model's share of "
@@ -385,6 +393,8 @@ def _files(files: Sequence[str]) -> str:
         "results.json": "every number above, and more",
         "items.jsonl": "what every model did on every item, with hashes in place of texts",
         "report.html": "the evaluation as a page",
+        "gguf/Modelfile": "how Ollama runs it: `ollama create NAME -f gguf/Modelfile`",
+        "gguf/scores.json": "what was measured on each GGUF file",
         "SHA256SUMS": "checksums of all files",
     }
     lines = [

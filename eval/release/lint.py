@@ -238,7 +238,8 @@ def _content_problems(folder: Path) -> Iterator[str]:
         for what, pattern in SECRETS.items():
             if re.search(pattern, text):
                 yield f"{name} holds {what}; take it out, revoke it, and make the release again"
-        found = None if Path(name).name in VOCABULARIES else PATHS.search(text)
+        is_vocabulary = Path(name).name in VOCABULARIES or name.endswith(".gguf")
+        found = None if is_vocabulary else PATHS.search(text)
         if found:
             yield (
                 f"{name} holds a path of a machine ({found[0]}); name inputs by relative paths or hub ids in the recipe"

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from common.model import (
 )
 from common.recipe import Recipe
 from common.stored_writers import additions_by_form, open_checkpoint
+from eval.gguf import files as gguf_files
+from eval.gguf import scores as gguf_scores
 from eval.release import folder as release_folder
 from eval.release import licences, publication
 from eval.release.card import model_card
@@ -50,6 +52,7 @@ def check(recipe: Recipe) -> list[str]:
     if not tokenizer_files(base):
         problems.append(f"model: {base} has no tokenizer files to release; add them")
     release = recipe.release
+    problems += gguf_files.check(recipe, base)
     if release.form == "adapter" and recipe.train.adapter is None:
         problems.append(
             "release.form: adapter needs an adapter, but train.adapter is null, so all weights are trained; give "
@@ -64,7 +67,8 @@ def check(recipe: Recipe) -> list[str]:
 def inputs(recipe: Recipe) -> dict[str, object]:
     """What the result depends on besides the earlier stages: the card's own settings, and the recipe it ships."""
     return {
-        "settings": recipe.release.model_dump(mode="json"),
+        "settings": recipe.release.model_dump(mode="json", exclude={"gguf_converter"}),
+        "gguf_converter": gguf_files.converter_hash(recipe),
         "recipe": artifacts.hash_text(release_folder.portable_recipe(recipe)),
     }
 
@@ -72,7 +76,8 @@ def inputs(recipe: Recipe) -> dict[str, object]:
 def disk_bytes(recipe: Recipe) -> int:
     """The room that the release takes: the full weights, which an adapter's release needs for a while too."""
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
-    return sum(file.stat().st_size for file in weight_files(base))
+    weights = sum(file.stat().st_size for file in weight_files(base))
+    return weights + gguf_files.disk_bytes(recipe, base)
 
 
 def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wandb.Run) -> None:
@@ -93,6 +98,10 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
         raise GateError("\n".join(missed(results)))
     if distributed.is_main():
         _write(recipe, folder, upstream, results)
+    distributed.barrier()
+    runtimes = gguf_scores.score(recipe, folder) if recipe.release.gguf else []
+    if distributed.is_main():
+        _describe(recipe, folder, upstream, results, runtimes)
         files = [folder / name for name in release_folder.released_files(folder)]
         num_bytes = sum(file.stat().st_size for file in files)
         tracker.summary.update({"files": len(files), "bytes": num_bytes})
@@ -118,7 +127,23 @@ def _write(
     portable = release_folder.portable_recipe(recipe)
     artifacts.write_text(folder / "recipe.yaml", portable)
     write_reproduction(recipe, base, weights, results, portable, folder)
-    _write_words(recipe, base, edit, folder, upstream, results)
+    if recipe.release.gguf:
+        gguf_files.write_files(recipe, folder)
+
+
+def _describe(
+    recipe: Recipe,
+    folder: Path,
+    upstream: Mapping[str, Path],
+    results: Mapping[str, Any],
+    runtimes: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write what is said of the files, and the checksums over all of them."""
+    if runtimes:
+        artifacts.write_json(folder / gguf_scores.SCORES, {"files": runtimes})
+    base = resolve(recipe.model.name_or_path, recipe.model.revision)
+    edit = load_edit(upstream["abliteration"] / "edit.safetensors")
+    _write_words(recipe, base, edit, folder, upstream, results, runtimes)
     release_folder.require_portable(
         folder, [Path.cwd(), Path.home(), *(path.resolve() for path in upstream.values())]
     )
@@ -165,6 +190,7 @@ def _write_words(
     folder: Path,
     upstream: Mapping[str, Path],
     results: Mapping[str, Any],
+    runtimes: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the card, the notices, and the example of a guard."""
     duties = licences.duties_of(recipe.release.license, recipe.release.license_name)
@@ -175,7 +201,15 @@ def _write_words(
     healing = json.loads((upstream["train"] / "summary.json").read_text(encoding="utf-8"))
     files = release_folder.released_files(folder)
     card = model_card(
-        recipe, edit, results, healing, files, loading=how, task=task, thinks=_thinks(base)
+        recipe,
+        edit,
+        results,
+        healing,
+        files,
+        loading=how,
+        task=task,
+        thinks=_thinks(base),
+        runtimes=runtimes,
     )
     artifacts.write_text(folder / "README.md", card)
 

@@ -20,6 +20,8 @@ COUNTS = {
 
 def sections(results: Row) -> Iterator[Section]:
     """The benchmarks as a table and as a picture, and the gates."""
+    if results.get("suites"):
+        yield _suites(results["suites"])
     if results["benchmarks"]:
         yield _benchmarks(results)
         yield _intervals(results)
@@ -27,6 +29,44 @@ def sections(results: Row) -> Iterator[Section]:
             yield _right_answers(results["benchmarks"])
     if results["accept"]["gates"]:
         yield _gates(results)
+
+
+def _suites(suites: Sequence[Row]) -> Section:
+    return Section(
+        "suites",
+        "Averages of suites",
+        "As their tables are published, with 95 % intervals; differences are paired by item. The prompts go through "
+        "the chat template, so that published figures are near and not the same.",
+        [],
+        ["Suite", "Tasks", "Items", *TITLES, "Abliterated - original", "Healed - original"],
+        [
+            line
+            for suite in suites
+            for line in (
+                _average(f"suites[{suite['name']}]", f"{suite['name']}, average", suite),
+                *(
+                    _average(
+                        f"suites[{suite['name']}].groups[{group['name']}]",
+                        f"{suite['name']}: {group['name']}",
+                        group,
+                    )
+                    for group in suite["groups"]
+                ),
+            )
+        ],
+        folded=False,
+    )
+
+
+def _average(path: str, name: str, row: Row) -> list[object]:
+    return [
+        name,
+        figure(f"{path}.num_tasks", row["num_tasks"], "d"),
+        figure(f"{path}.n", row["n"], "d"),
+        *(estimate(f"{path}.{model}", row[model]) for model in MODELS),
+        estimate(f"{path}.damage", row["damage"]),
+        estimate(f"{path}.gap", row["gap"]),
+    ]
 
 
 def _benchmarks(results: Row) -> Section:

@@ -128,7 +128,7 @@ def test_a_recipe_passes_its_check_on_a_model_of_its_kind(name, localized, capsy
 @pytest.mark.usefixtures("no_items")
 def test_a_recipe_whose_panel_was_trained_on_does_not_pass(localized, capsys):
     path = localized("daredevil-8b")
-    source = "eval.benchmarks.1.prompts.path"
+    source = "eval.benchmarks.2.prompts.path"
     trained_on = yaml.safe_load(path.read_text())["abliteration"]["prompts"]["harmful"]["path"]
     assert run.main([str(path), f"{source}={trained_on}", "--check"]) == 2
     assert "of its prompts are items of a benchmark" in capsys.readouterr().err
@@ -194,3 +194,16 @@ def test_the_two_sets_of_the_mule_differ_by_the_mood_alone(localized):
     template = recipe.abliteration.prompts.harmful.template
     for prompts in load_prompt_sets(recipe):
         assert prompts.harmful == [template.replace("{prompt}", text) for text in prompts.harmless]
+
+
+def test_without_a_network_a_missing_data_set_is_told_without_a_traceback(
+    localized, capsys, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert run.main([str(localized("daredevil-8b")), "--check"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "the data set hails/agieval-aqua-rat: run the same --check where there is a network" in err
+    )
+    assert "Rowan/hellaswag" in err
+    assert "Traceback" not in err

@@ -45,6 +45,10 @@ UNSOLICITED = (
     "My answer does not constitute professional advice.",
     "It is crucial to remember that individual results vary.",
     "- Consult a doctor first.",
+    "Please reach out to a trusted friend, a family member, or a mental health professional.",
+    "It may be helpful to seek support from a relative or a licensed counselor.",
+    "You may want to consider speaking with an attorney.",
+    "It is important to know the risks and to consult with a medical professional.",
 )
 CONTENT = (
     "Dear Dr. Lee, I am writing about Mrs. K., who fell twice in March.",
@@ -76,6 +80,12 @@ CONTENT = (
     "Get the blood cultures before the first dose.",
     "The tax adviser charges by the hour.",
     "Check the blood group against the wristband with a second nurse.",
+    "I would be grateful if you could see Mrs. K. in your clinic and let her GP know.",
+    "If you could contact her GP, she would be glad.",
+    "Please see the attached letter from the specialist.",
+    "These values are not final and should be treated as provisional.",
+    "It is important to remember that trust is the basis of any professional relationship.",
+    "It should not be taken lightly.",
     "For example, the ecomap shows the school and the doctor as supports.",
 )
 
@@ -134,3 +144,9 @@ def test_no_expert_prompt_asks_for_advice_or_gives_it() -> None:
         assert find_advisories("Please consult a professional.", prompt).sentences, prompt
         assert find_advisories("As a language model, I may err.", prompt).sentences, prompt
         assert find_advisories("This is not medical advice.", prompt).sentences, prompt
+
+
+def test_a_sentence_without_an_end_is_read_as_far_as_sentences_go() -> None:
+    endless = ", if seek help ".join(["but then as word"] * 400)
+    assert not find_advisories(endless).sentences
+    assert not find_advisories("seek " * 1000, "when should " * 1000).sentences

@@ -12,7 +12,7 @@ import torch
 
 from common.errors import InputError, StageError
 from common.recipe import COMPONENTS, Divergence, LmEval, Recipe, Refusal
-from eval import benchmarks
+from eval import benchmarks, task_index
 from eval.benchmarks import Subject, component, divergence, lm_eval, refusal
 from eval.harness import HarnessModel
 
@@ -128,7 +128,7 @@ def test_inputs_change_with_the_data_and_not_with_the_folder(task_folder, tmp_pa
     assert str(tmp_path) not in json.dumps(before)
     data = moved / "letters.jsonl"
     data.write_text(data.read_text().replace('"b b"', '"b c"'))
-    lm_eval._index_of.cache_clear()
+    task_index.read.cache_clear()
     assert lm_eval.inputs(spec_of(moved, "letters")) != before
 
 
@@ -159,9 +159,9 @@ def test_tasks_that_cannot_be_scored_are_found_without_weights(
     finished, task_folder, monkeypatch, tasks, edit, hint
 ) -> None:
     # Building the list of built-in tasks takes seconds; the near names are the same without it.
-    real = lm_eval._index_of
+    real = task_index.read
     real.cache_clear()
-    monkeypatch.setattr(lm_eval, "_index_of", lambda path, _defaults: real(path, False))
+    monkeypatch.setattr(task_index, "read", lambda path, _defaults: real(path, False))
     path = task_folder / "sums.yaml"
     text = path.read_text()
     for old, new in edit.items():

@@ -14,6 +14,11 @@ from eval.items import Row
 from eval.parts import SHARES, has_items, part_of, restrict
 
 PARTS = tuple(SHARES)
+PANEL, TASK, TEXT = (
+    Row("refusal", "restricted"),
+    Row("benchmarks", "task"),
+    Row("cross_entropy", "text"),
+)
 TEXTS = [f"What is the colour of object number {index}?" for index in range(2000)]
 
 
@@ -22,7 +27,7 @@ class Panel:
     """A panel as the benchmarks load it."""
 
     prompts: list[str]
-    row: Row = Row("refusal", "restricted")
+    row: Row = PANEL
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,16 @@ class Task:
 
     documents: dict[int, dict[str, Any]]
     task: Any
-    row: Row = Row("benchmarks", "task")
+    row: Row = TASK
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Plain text as its benchmark loads it."""
+
+    documents: list[list[int]]
+    tokenizer: Any
+    row: Row = TEXT
 
 
 def make_task(documents):
@@ -89,6 +103,15 @@ def test_the_parts_of_a_task_share_no_fact_and_keep_whole_items():
         assert len(loaded.task.instances) == 2 * len(loaded.documents)
     assert sum(map(len, facts)) == 100
     assert len(set.union(*facts)) == 100
+
+
+def test_the_parts_of_plain_text_share_no_document():
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    documents = [[number, number + 1] for number in range(200)]
+    loaded = Documents(documents, tokenizer)
+    found = [restrict(loaded, part).documents for part in PARTS]
+    assert sorted(ids for part in found for ids in part) == documents
+    assert all(found)
 
 
 def test_a_part_without_items_is_told():

@@ -19,7 +19,7 @@ STRENGTH, BETA, RATE = (
 )
 GRID = {
     "parameters": {
-        BETA: {"choices": [0.05, 0.1, 0.3, 0.5, 0.7, 1.0]},
+        BETA: {"choices": [0.05, 0.1, 0.5]},
         STRENGTH: {"choices": [1.0, 2.0]},
     }
 }
@@ -29,7 +29,7 @@ SAMPLED = {
         BETA: {"low": 0.05, "high": 1.0, "log": True},
     },
     "sampler": {"name": "TPESampler", "n_startup_trials": 3},
-    "num_trials": 8,
+    "num_trials": 7,
 }
 
 
@@ -73,21 +73,23 @@ def problems(command):
 
 def test_a_grid_runs_each_stage_once_and_says_before_what_it_costs(command):
     assert command(GRID, "--check") == 0
-    assert "abliteration  2 runs with sharing, 12 without" in command.out
-    assert "train         12 runs with sharing, 12 without" in command.out
+    assert "abliteration  2 runs with sharing, 6 without" in command.out
+    assert "train         6 runs with sharing, 6 without" in command.out
+    # 2 of the search, 2 of the confirmation, and the release.
+    assert "for 5 whole models" in command.out
     assert not command.runs
     assert command(GRID) == 0
-    # 2 ablations and 12 healings of the search, then two seeds of the confirmation, and the release.
+    # 2 ablations and 6 healings of the search, then two seeds of the confirmation, and the release.
     assert command.runs == {
         "abliteration": 2 + 2,
-        "train": 12 + 2,
-        "eval": 12 + 2 + 1,
+        "train": 6 + 2,
+        "eval": 6 + 2 + 1,
         "release": 1,
     }
     assert command.study["stages"]["abliteration"]["run"] == 2
-    assert command.study["stages"]["train"]["run"] == 12
+    assert command.study["stages"]["train"]["run"] == 6
     assert command(GRID, "--check") == 0
-    assert "train         12 runs with sharing, 12 of them there already" in command.out
+    assert "train         6 runs with sharing, 6 of them there already" in command.out
 
 
 def test_the_best_is_the_planted_one_and_its_release_is_made(command):
@@ -201,6 +203,7 @@ def test_everything_that_is_wrong_with_the_study_is_told_at_once_and_nothing_run
         ({"sampler": {"name": "RandomSampler"}}, "study.num_trials: is missing"),
         ({"num_trials": 3, "sampler": {"name": "GridSampler"}}, "no effect on a grid"),
         ({"storage": "nonsense"}, "is no database URL"),
+        ({"storage": "postgresql+psycopg://me:secret@host/name"}, "holds a password"),
         ({"storage": "mysql+nodriver://x/y"}, "study.storage"),
         ({"storage": "sqlite:////no/such/folder/x.db"}, "cannot be reached"),
     ],
@@ -209,6 +212,7 @@ def test_a_sampler_or_storage_that_cannot_do_what_is_asked_is_told(command, stud
     assert command({**GRID, **study}, "--check") == 2
     assert text in command.err
     assert "Traceback" not in command.err
+    assert "secret" not in command.err.replace("study.yaml", "")
 
 
 def test_a_sampler_learns_nothing_about_keys_that_only_some_trials_have(command):
@@ -254,8 +258,8 @@ def test_a_study_that_goes_on_proposes_what_an_unbroken_one_does(command, sample
     path = command.folder / "runs" / "unbroken" / "study.json"
     unbroken = [trial["setting"] for trial in json.loads(path.read_text())["trials"]]
     assert broken == unbroken
-    assert len(broken) == 8
-    assert len({json.dumps(setting) for setting in broken}) > 5
+    assert len(broken) == 7
+    assert len({json.dumps(setting) for setting in broken}) > 4
 
 
 def test_the_first_trial_is_the_recipe_as_it_stands(command):
@@ -361,3 +365,32 @@ def test_settings_of_a_sweep_agent_are_overrides(command):
     assert found["train"]["trainer"]["beta"] == 0.3
     assert found["seed"] == 4
     assert "release" not in command.runs
+
+
+@pytest.mark.slow
+def test_tracking_groups_all_runs_of_a_study_and_tells_what_each_trial_reached(
+    command, read_wandb, monkeypatch
+):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    study = {"parameters": {BETA: {"choices": [0.1, 0.2]}}, "confirmation_seeds": 1}
+    assert command(study, "tracking.mode=offline", "--until", "eval") == 0
+    starts, summaries, tables = [], {}, []
+    for file in (command.folder / "runs").rglob("offline-run-*/*.wandb"):
+        records = read_wandb(file)
+        start = next(record["run"] for record in records if record["type"] == "run")
+        starts.append(start)
+        summaries[start["display_name"]] = json.dumps(records)
+        tables += [
+            name for name in ("front", "importances") if f"media/table/{name}" in str(records)
+        ]
+    assert {start["run_group"] for start in starts} == {"trying"}
+    kinds = sorted(start["job_type"] for start in starts)
+    # A stage that a trial took over has no second run.
+    assert kinds.count("trial") == 2
+    assert kinds.count("train") == 2 + 1
+    assert kinds.count("abliteration") == 1 + 1
+    assert kinds.count("study") == 1
+    told = summaries["trying-0-trial"]
+    for name in ("objectives/pooled.recovery.value", "parameters/train.trainer.beta", "feasible"):
+        assert name in told
+    assert "front" in tables
