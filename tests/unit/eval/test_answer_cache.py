@@ -238,7 +238,7 @@ def test_a_stage_that_is_run_again_asks_for_no_option_twice(
         monkeypatch.setattr(harness.PackedScorer, "score", fail)
         monkeypatch.setattr(HFLM, "generate_until", fail)
     assert written[0] == written[1]
-    root = artifacts.Store(tmp_path / "runs").root / "answers"
+    root = artifacts.Store(tmp_path / "runs").root / "requests"
     assert len(list(root.iterdir())) == 3  # a folder for each model
 
 
