@@ -1291,9 +1291,7 @@ class EndpointJudge(Section):
     """Any chat model behind an OpenAI-compatible address. Prompts and answers are sent there."""
 
     name: Literal["endpoint"] = Field(description="A server that speaks OpenAI's protocol.")
-    base_url: Text = Field(
-        description="Address up to the version, e.g. http://127.0.0.1:8000/v1."
-    )
+    base_url: Text = Field(description="Address up to the version, e.g. http://127.0.0.1:8000/v1.")
     model: Text = Field(description="The model's name there.")
     api_key_variable: Text | None = Field(
         default=None, description="Environment variable that holds the key; null: none is sent."
@@ -1491,7 +1489,9 @@ class ReleaseSection(Section):
     def _gguf_holds_full_weights(self) -> Self:
         """Refuse what has no effect, and files of full weights in a release that leaves them out."""
         if self.gguf_converter is not None and not self.gguf:
-            fail((("gguf_converter",), "has no effect without release.gguf; add that, or delete it"))
+            fail(
+                (("gguf_converter",), "has no effect without release.gguf; add that, or delete it")
+            )
         if len(set(self.gguf)) < len(self.gguf):
             fail((("gguf",), "names a type twice; delete one"))
         if self.gguf and self.form == "adapter":
@@ -1566,7 +1566,10 @@ class Parameter(Section):
         if self.log and self.step is not None:
             yield ("step",), "cannot stand beside log; delete one, or list the values in choices"
         if self.whole and isinstance(self.step, float):
-            yield ("step",), f"{self.step:g} is no whole number, but low and high are; write 1.0, not 1"
+            yield (
+                ("step",),
+                f"{self.step:g} is no whole number, but low and high are; write 1.0, not 1",
+            )
 
     @property
     def whole(self) -> bool:
