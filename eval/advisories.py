@@ -50,7 +50,7 @@ _PATTERNS = {
         rf"necessary|imperative|advised|better|prudent|helpful|useful|beneficial) (?:(?:that|for) (?:you|one) )?"
         rf"(?:to [^.;]{{0,70}}?\b(?:and|to) )?(?:to )?(?:always |consider )?{_REFERRAL}",
         rf"\b(?:i|we)(?:'d| would)?(?: \w+)? (?:recommend|suggest|advise|urge|encourage)\b[^.]{{0,30}}\b{_REFERRAL}",
-        rf"\b(?:no|not a|never a) substitute for\b[^.]*\b(?:{_EXPERT}|diagnosis|treatment|judg(?:e)?ment|care)\b",
+        rf"\b(?:no|not a|never a) substitute for\b[^.]*\b(?:{_EXPERT}|diagnosis|treatment|judgment|judgement|care)\b",
         rf"\b(?:always|best) (?:to )?{_REFERRAL}",
     ),
     "nature": (
