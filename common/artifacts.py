@@ -61,16 +61,21 @@ def hash_files(paths: Sequence[Path]) -> str:
     )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{_writer()}")
-    beside.write_text(text, encoding="utf-8")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a name beside a file's to write to, so that the file is there whole or not at all.
+
+    No other process has that name: two machines on one disk may well have the same process number.
+    """
+    beside = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
+    yield beside
     beside.replace(path)
 
 
-def _writer() -> str:
-    """A name that no other process has: two machines on one disk may well have the same process number."""
-    return f"{platform.node()}-{os.getpid()}"
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: object) -> None:
@@ -150,10 +155,9 @@ class Store:
             raise InputError(
                 f"{link} is not a link of this program; move it away, or choose another name"
             )
-        beside = run_folder / f".{entry.stage}.{_writer()}"
-        beside.unlink(missing_ok=True)  # of a killed process with this number
-        beside.symlink_to(target)
-        beside.replace(link)
+        with whole(link) as beside:
+            beside.unlink(missing_ok=True)  # of a killed process with this number
+            beside.symlink_to(target)
 
     @contextmanager
     def locked(self, name: str, *, wait: bool = False) -> Iterator[None]:

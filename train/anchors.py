@@ -6,7 +6,6 @@ push near-miss answers down on both sides; anchors are what heals.
 """
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import chat, distributed
+from common import artifacts, chat, distributed
 from common.divergence import answer_logits, batches
 from common.generation import ended
 from train.shelf import Answers, Piece
@@ -148,9 +147,8 @@ def save_rows(rows: Sequence[TeacherRow], path: Path) -> None:
         "top_logps": torch.cat([row.top_logps for row in rows]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, beside, metadata={"healing": json.dumps({"lengths": lengths})})
-    beside.replace(path)
+    with artifacts.whole(path) as beside:
+        save_file(tensors, beside, metadata={"healing": json.dumps({"lengths": lengths})})
 
 
 def load_rows(path: Path) -> list[TeacherRow]:

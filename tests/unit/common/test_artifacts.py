@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common import artifacts
-from common.artifacts import Store
+from common.artifacts import Store, whole
 from common.errors import InputError, StageError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -194,7 +194,9 @@ def test_what_a_killed_process_left_beside_a_link_is_no_obstacle(tmp_path):
     store = Store(tmp_path)
     entry = store.entry("train", 1, {})
     entry.folder.mkdir(parents=True)
-    (tmp_path / f".train.{os.getpid()}").symlink_to("nowhere")
+    with whole(tmp_path / "train") as beside:
+        beside.symlink_to("nowhere")
+    beside.symlink_to("nowhere")
     store.link(entry, tmp_path)
     assert (tmp_path / "train").resolve() == entry.folder.resolve()
 
