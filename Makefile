@@ -17,7 +17,7 @@ demo: setup
 	@$(LAUNCH) train/run.py recipes/patient.yaml
 
 # What is small, in several processes of one thread; then whole runs one by one, which use the threads themselves.
-SMALL := tests/unit tests/end_to_end/test_bad_input.py
+SMALL := tests/unit tests/browser tests/end_to_end/test_bad_input.py
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(SMALL)
 	$(BIN)/python -m pytest -q tests/distributed tests/end_to_end $(SMALL:%=--ignore=%)
