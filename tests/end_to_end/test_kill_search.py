@@ -1,6 +1,6 @@
 """A search that is killed goes on where it was and ends with the same trials, choice and edit.
 
-make setup && .venv/bin/python -m pytest tests/end_to_end/test_kill_search.py
+make setup && .venv/bin/python -m pytest -m slow tests/end_to_end/test_kill_search.py
 """
 
 import json
@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.road import ROOT, Launch, environment
 
@@ -30,6 +32,7 @@ def _outcome(runs: Path) -> tuple[dict[str, Any], bytes]:
     return candidates, (folder / "edit.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_search_killed_midway_ends_with_the_same_trials(
     patient_recipe: Path, launch: Launch, tmp_path: Path
 ) -> None:
