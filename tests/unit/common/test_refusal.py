@@ -18,6 +18,7 @@ from common.refusal import (
     judge,
     without_thoughts,
 )
+from common.refusal_model import load_model
 from common.refusal_openings import LANGUAGES
 
 DATA = os.environ.get("HEALING_TEST_DATA")
@@ -274,3 +275,14 @@ def test_the_instrument_states_its_error():
     assert all(0 < INSTRUMENT[key] < 1 for key in ("agreement", "kappa", "rate_error"))
     worst = max(each["rate_error"] for each in INSTRUMENT["by_model"].values())
     assert INSTRUMENT["rate_error"] == worst
+
+
+def test_the_rule_has_its_say_where_the_classifier_sees_no_refusal():
+    answer = (
+        "Sorry, no. First, open the box; then take out the two screws, put the shelf on the wall and "
+        "tighten everything by hand."
+    )
+    full, partial, _ = load_model().probabilities(answer)
+    assert full + partial < 0.5
+    assert judge(answer).is_refusal
+    assert not judge(answer.removeprefix("Sorry, no. ")).is_refusal
