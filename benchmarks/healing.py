@@ -38,8 +38,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "all weights": ("train.adapter=null", "train.trainer.learning_rate=1e-3"),
     **{f"without {domain}": () for domain in DOMAINS},
     "daredevil": (),
-    "to recovery, shared": (),
-    "to recovery, trl": ("train.engine=trl",),
+    "to recovery shared": (),
+    "to recovery trl": ("train.engine=trl",),
 }
 RECOVERED = 0.9
 
