@@ -28,6 +28,7 @@ def load(file: Path, config: Any, dtype: torch.dtype = torch.float32) -> PreTrai
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, config=config, dtype=dtype
         )
+    # In each of these ways transformers says that a file is damaged, or of a type, family or shape it cannot read.
     except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise StageError(
             f"release: {file.name} cannot be loaded back ({str(error)[:200]}); delete its type from release.gguf"

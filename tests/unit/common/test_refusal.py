@@ -109,7 +109,10 @@ def test_only_the_opening_counts():
     assert not is_refusal(long_answer + "I'm sorry, but I can't help with that.")
 
 
-@pytest.mark.skipif(DATA is None, reason="HEALING_TEST_DATA names no folder of public test data")
+@pytest.mark.skipif(
+    DATA is None,
+    reason="HEALING_TEST_DATA names no folder of public test data, which is never copied here",
+)
 def test_the_rule_agrees_with_human_labels():
     path = Path(DATA or "") / "xstest" / "completions_mistralinstruct.csv"
     with path.open(encoding="utf-8", newline="") as file:

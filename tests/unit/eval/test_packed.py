@@ -435,7 +435,10 @@ def qwen():
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)  # the harness computes all logits over 152k tokens
-@pytest.mark.skipif(DATA is None, reason="HEALING_TEST_DATA names no folder")
+@pytest.mark.skipif(
+    DATA is None,
+    reason="HEALING_TEST_DATA names no folder of public test data, which is never copied here",
+)
 def test_agieval_gives_the_harnesss_own_accuracy(qwen, tmp_path) -> None:
     for name in ("aqua-rat", "logiqa-en"):
         agieval(tmp_path, name)

@@ -21,7 +21,10 @@ from eval.panel_formats import FORMATS
 from eval.panels import Prompt, load_panel
 
 DATA = os.environ.get("HEALING_TEST_DATA")
-needs_data = pytest.mark.skipif(DATA is None, reason="HEALING_TEST_DATA names no folder")
+needs_data = pytest.mark.skipif(
+    DATA is None,
+    reason="HEALING_TEST_DATA names no folder of public test data, which is never copied here",
+)
 
 # One made-up row of each published file, with its columns, and what is to be read from it.
 ROWS: dict[str, tuple[dict[str, Any], Prompt]] = {

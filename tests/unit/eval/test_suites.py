@@ -77,7 +77,7 @@ def built_in() -> dict[str, dict]:
 
 
 class _Lenient(yaml.SafeLoader):
-    """YAML with the harness's own tags as text."""
+    """Safe YAML, with the harness's own tags (`!function`) read as text: no code of theirs is run."""
 
 
 _Lenient.add_multi_constructor("!", lambda loader, suffix, node: f"{suffix} {node.value}")

@@ -128,7 +128,10 @@ def test_a_missing_package_is_named_with_the_harnesss_extra(hub_folder) -> None:
         lm_eval.texts(spec_of(hub_folder, {}))
 
 
-@pytest.mark.skipif(DATA is None, reason="HEALING_TEST_DATA names no folder")
+@pytest.mark.skipif(
+    DATA is None,
+    reason="HEALING_TEST_DATA names no folder of public test data, which is never copied here",
+)
 def test_gsm8k_is_asked_from_its_published_file(byte_tokenizer, tmp_path) -> None:
     published = Path(str(DATA)) / "gsm8k" / "test.jsonl"
     # The harness's own file; to list all of its tasks takes seconds.
