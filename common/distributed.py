@@ -59,6 +59,16 @@ def start(expected: int | None = None) -> "PartialState":
     return state
 
 
+def leave() -> None:
+    """Part from the other processes when all is done.
+
+    Left to the end of Python, gloo's threads are now and then still running: the process is aborted, and a launch
+    that did all its work is reported as failed.
+    """
+    if world_size() > 1:
+        torch.distributed.destroy_process_group()
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     state = _state()

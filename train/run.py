@@ -57,10 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = _load(options)
         _run(recipe, options, runs)
     except HealingError as error:
+        _leave()
         return _fail(str(error), error.exit_code, runs)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped", INTERRUPTED, runs)
+    _leave()
     return 0
+
+
+def _leave() -> None:
+    distributed = sys.modules.get("common.distributed")  # a wrong recipe is told before torch is imported
+    if distributed is not None:
+        distributed.leave()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

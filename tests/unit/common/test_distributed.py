@@ -41,6 +41,7 @@ seen = {
     "broadcast": distributed.broadcast(f"of {distributed.rank()}"),
 }
 distributed.barrier()
+distributed.leave()
 print(json.dumps(seen))
 """
 
