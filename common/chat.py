@@ -46,17 +46,19 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None =
         turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         # A template says in this way that it takes no system role; any other fault shows again below.
         with contextlib.suppress(jinja2.TemplateError):
-            text = _render(tokenizer, turns)
+            (text,) = _render(tokenizer, [turns])
             if system.strip() in text:
                 return text
         prompt = f"{system}\n\n{prompt}"
-    return _render(tokenizer, [{"role": "user", "content": prompt}])
+    return _render(tokenizer, [[{"role": "user", "content": prompt}]])[0]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Messages) -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
+def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[str]:
+    """Render many at once: what the template may see besides the words is prepared once for all of them."""
+    texts: list[str] = tokenizer.apply_chat_template(
+        conversations, tokenize=False, add_generation_prompt=True
+    )
+    return texts
 
 
 def fix_date(template: str) -> str:
@@ -140,9 +142,11 @@ def encode(
         InputError: if a rendered prompt holds two beginning-of-sequence tokens: the template and the tokenizer
             both add one, and every activation would be read off a text the model never saw.
     """
-    encoded: list[list[int]] = tokenizer(
-        [render(tokenizer, prompt, system) for prompt in prompts], add_special_tokens=False
-    )["input_ids"]
+    if system is None:
+        texts = _render(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])
+    else:
+        texts = [render(tokenizer, prompt, system) for prompt in prompts]
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     for ids in encoded:
         if bos is not None and bos != tokenizer.eos_token_id and ids.count(bos) > 1:
@@ -174,11 +178,9 @@ def pad_left(
         The ids and the attention mask, both [rows, longest].
     """
     longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[index, longest - len(row) :] = 1
+    gaps = torch.tensor([longest - len(row) for row in rows])
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    mask = (torch.arange(longest) >= gaps.unsqueeze(1)).long()
     return ids.to(device), mask.to(device)
 
 
