@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import HealingError, InputError
+from common import command
+from common.errors import InputError
 
 if TYPE_CHECKING:  # torch comes late: a wrong command is told in a blink
     from common.checkpoint import Written
     from common.edits import Edit
-
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,15 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("common").setLevel(logging.INFO)
     commands = {"apply": _apply, "adapter": _adapter, "inspect": _inspect}
-    try:
-        commands[options.command](options)
-    except HealingError as error:
-        return _fail(str(error), error.exit_code)
-    except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
-    return 0
+    return command.run(
+        lambda: commands[options.command](options),
+        interrupted="the same command goes on where it stopped",
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,28 +44,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("apply", "write an edited copy of a model, tensor by tensor"),
         ("adapter", "write the edit as a LoRA adapter"),
     ):
-        command = commands.add_parser(name, help=what, description=f"{what.capitalize()}.")
-        command.add_argument("--model", required=True, help="folder or hub id of the source")
-        command.add_argument(
+        sub = commands.add_parser(name, help=what, description=f"{what.capitalize()}.")
+        sub.add_argument("--model", required=True, help="folder or hub id of the source")
+        sub.add_argument(
             "--edit",
             type=Path,
             required=True,
             help="an edit, or a direction (.safetensors, .pth, .pt)",
         )
-        command.add_argument("--output", type=Path, required=True, help="folder to make")
-        command.add_argument("--revision", help="of the hub id")
-        command.add_argument(
+        sub.add_argument("--output", type=Path, required=True, help="folder to make")
+        sub.add_argument("--revision", help="of the hub id")
+        sub.add_argument(
             "--strength", type=float, help="for a direction: share that is removed (default 1)"
         )
-        command.add_argument("--layer", type=int, help="for a file with a direction per layer")
-    command = commands.add_parser("inspect", help="print what an edit or direction file holds")
-    command.add_argument("file", type=Path)
+        sub.add_argument("--layer", type=int, help="for a file with a direction per layer")
+    sub = commands.add_parser("inspect", help="print what an edit or direction file holds")
+    sub.add_argument("file", type=Path)
     return parser.parse_args(arguments)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"\n{message}", file=sys.stderr)
-    return code
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -14,10 +14,8 @@ from abliteration.placement import Direction, at_layer, orthonormal, unit, witho
 from abliteration.prompt_sets import PromptSet
 from common.errors import StageError
 
-# Less than this share of a direction is rounding.
-NEGLIGIBLE = 1e-9
-
-# A difference below this share of the means is rounding: a fixed token of the template is the same for all prompts.
+# What is left below this share of what it was made from is rounding: a direction behind a projection, and a difference
+# of means at a fixed token of the template, which is the same for all prompts.
 NEGLIGIBLE = 1e-9
 
 # From sets of prompts, a quantile to winsorize at, and files for samples to the sets' activations.

@@ -158,7 +158,7 @@ def run(recipe: Recipe, folder: Path, upstream: Mapping[str, Path], tracker: wan
         base, edit, folder / "model", scores, recipe, ground.tokenizer, ground.batch_size
     )
     if distributed.is_main():
-        _record(ground, choice, edit, report, tracker)
+        _record(ground, choice, report, tracker)
         _illustrate(ground, findings, choice, edit, report, streams)
     _log_outcome(choice, edit)
 
@@ -291,10 +291,9 @@ def _search(
         batch_size=ground.batch_size * settings.trials_per_pass,
     )
     num_layers, num_positions = findings.directions.shape[:2]
-    usable = [c.layer for c in scored.candidates if selection.is_scored(c)]
     space = search.Space(
         # Up to the last: what a direction there does is measured on whole answers.
-        (min(usable), num_layers - 1),
+        (min(c.layer for c in scored.candidates if selection.is_scored(c)), num_layers - 1),
         num_positions,
         num_layers,
         settings.edits,
@@ -302,45 +301,40 @@ def _search(
     )
     own = ground.recipe.abliteration.edit
     projection = getattr(own, "projection", "none")
-    strength = getattr(own, "strength", 1.0)
-    kinds = [kind for kind in dict.fromkeys([own.name, *settings.edits]) if kind in settings.edits]
-    nearest = sorted(
-        (c for c in scored.candidates if selection.is_scored(c) and c != scored.candidate),
-        key=lambda candidate: candidate.bypass or 0.0,
-    )
-    first = [
-        *(
-            space.flat(k, scored.candidate.layer, scored.candidate.position, strength)
-            for k in kinds
-        ),
-        *(space.flat(kinds[0], c.layer, c.position, strength) for c in nearest[:NUM_NEAREST]),
-        # The scores leave out the last layers.
-        space.flat(kinds[0], num_layers - 1, scored.candidate.position, strength),
-    ]
-    trials = search.search(
-        judged,
-        space,
-        lambda params: _kind(
-            search.edit_settings(params, projection),
-            findings.at(params["layer"], params["position"]),
-            writers,
-            {},
-        ),
-        first,
-        settings,
-        ground.recipe.seed,
-        ground.folder / "trials.jsonl",
-    )
+
+    def make_edit(params: search.Params) -> Edit:
+        direction = findings.at(params["layer"], params["position"])
+        return _kind(search.edit_settings(params, projection), direction, writers, {})
+
+    first = _first_settings(space, scored, own.name, own.strength)
+    journal = ground.folder / "trials.jsonl"
+    trials = search.search(judged, space, make_edit, first, settings, ground.recipe.seed, journal)
     best, reason = search.choose(trials, settings.max_refusal)
-    direction = findings.at(best.params["layer"], best.params["position"])
-    candidate = selection.Candidate(
-        best.params["layer"],
-        best.params["position"],
-        float(direction.vectors[0].norm()),
-        kl=best.kl,
-    )
+    layer, position = best.params["layer"], best.params["position"]
+    norm = float(findings.at(layer, position).vectors[0].norm())
+    candidate = selection.Candidate(layer, position, norm, kl=best.kl)
     settings_found = search.edit_settings(best.params, projection)
     return Choice(candidate, settings_found, reason, scored.candidates, trials, best)
+
+
+def _first_settings(
+    space: search.Space, scored: Choice, own: str, strength: float
+) -> list[dict[str, Any]]:
+    """What a search begins with: every kind of edit where the scores chose, the recipe's own around it."""
+    best = scored.candidate
+    nearest = sorted(
+        (c for c in scored.candidates if selection.is_scored(c) and c != best),
+        key=lambda candidate: candidate.bypass or 0.0,
+    )
+    return [
+        *(
+            space.flat(kind, best.layer, best.position, strength)
+            for kind in dict.fromkeys([own, *space.edits])
+        ),
+        *(space.flat(own, c.layer, c.position, strength) for c in nearest[:NUM_NEAREST]),
+        # The scores leave out the last layers.
+        space.flat(own, space.num_blocks - 1, best.position, strength),
+    ]
 
 
 def _answer_baseline(ground: Ground, model: PreTrainedModel) -> list[baseline.Answer]:
@@ -441,9 +435,7 @@ def _about(ground: Ground, choice: Choice) -> dict[str, Any]:
     }
 
 
-def _record(
-    ground: Ground, choice: Choice, edit: Edit, report: export.Report, tracker: wandb.Run
-) -> None:
+def _record(ground: Ground, choice: Choice, report: export.Report, tracker: wandb.Run) -> None:
     """Write down what was chosen and measured, for people, later stages and wandb."""
     chosen, folder = choice.candidate.as_data(), ground.folder
     artifacts.write_json(

@@ -58,7 +58,7 @@ class Cell:
         return LOW <= self.coverage <= self.most
 
 
-def paired_rates(n: int, up: float, down: float, draws: int, seed: int = 0) -> Cell:
+def paired_rates(n: int, up: float, down: float, draws: int) -> Cell:
     """Tango's interval of a paired difference, over all outcomes; Newcombe's on draws."""
     covered = width = 0.0
     for first in range(n + 1):
@@ -76,15 +76,13 @@ def paired_rates(n: int, up: float, down: float, draws: int, seed: int = 0) -> C
         covered,
         width,
         most=_attainable(n, up, down),
-        peer=_newcombe_coverage(n, up, down, draws, seed),
+        peer=_newcombe_coverage(n, up, down, draws),
     )
 
 
-def means(
-    n: int, per_cluster: int, kind: str, draws: int, seed: int = 0, *, peer: bool = True
-) -> Cell:
+def means(n: int, per_cluster: int, kind: str, draws: int, *, peer: bool = True) -> Cell:
     """The bootstrap of a mean of skewed positive values, those of a cluster sharing a factor."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     clusters = np.repeat(np.arange(n // per_cluster), per_cluster)
     found, others = [], []
     for draw in range(draws):
@@ -102,9 +100,9 @@ def means(
     return _cell(name, found, 1.0, others)
 
 
-def recoveries(n: int, per_cluster: int, short: float, draws: int, seed: int = 0) -> Cell:
+def recoveries(n: int, per_cluster: int, short: float, draws: int) -> Cell:
     """Pooled recovery where the edit broke 30 % of the items, mended 2 %, and healing left `short` broken."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     num_clusters = n // per_cluster
     clusters = np.repeat(np.arange(num_clusters), per_cluster)
     strata = (3 * clusters) // num_clusters
@@ -171,10 +169,10 @@ def _attainable(n: int, up: float, down: float) -> float:
     return max(HIGH, float(stats.binom.cdf(5, n, up))) if down == 0 else HIGH
 
 
-def _newcombe_coverage(n: int, up: float, down: float, draws: int, seed: int) -> float:
+def _newcombe_coverage(n: int, up: float, down: float, draws: int) -> float:
     alike = 1 - up - down
     chances = [alike * SHARE_RIGHT, up, down, alike * (1 - SHARE_RIGHT)]
-    drawn = np.random.default_rng(seed).multinomial(n, chances, size=draws)
+    drawn = np.random.default_rng(0).multinomial(n, chances, size=draws)
     interval = functools.cache(newcombe_paired)
     return float(np.mean([_holds(interval(*map(float, one)), up - down) for one in drawn.tolist()]))
 

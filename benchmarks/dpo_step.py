@@ -6,9 +6,8 @@ Both train the same LoRA (r 16, all linear layers) on the same Llama (width 384,
 batches of 4 pairs in float32: forward, backward and optimizer step. The peer is trl.DPOTrainer without activation
 checkpointing and with precomputed references, so that neither computes a reference while it is timed. Lengths are
 lognormal around their means with sigma 0.5 as in preference data, and fixed in the rows beside. Losses are held equal.
-Time is the CPU time of the process, which neighbours on a shared machine do not lengthen as they do wall time; with
-one thread on a quiet machine the two are the same. Memory is the growth of the peak resident size over a training,
-each figure from a process of its own. The last line is one JSON object.
+Time is the CPU time of the process. Memory is the growth of the peak resident size over a training, each figure from a
+process of its own. The last line is one JSON object.
 """
 
 import json
@@ -17,10 +16,11 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,10 +31,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch  # noqa: E402  # a script's own folder comes first on the path
 from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
+from benchmarks.comparison import in_turns, number_words  # noqa: E402
 from train.adapter import build_adapter  # noqa: E402
 from train.trainer import HealingTrainer  # noqa: E402
 
@@ -57,20 +57,14 @@ def main() -> None:
 
 def speed(prompt: int, answer: int, sigma: float, bar: float | None) -> dict[str, Any]:
     """Median seconds of a step of both, in turns."""
-    trainers = {way: make_trainer(way, prompt, answer, sigma) for way in ("shared", "trl")}
-    seconds: dict[str, list[float]] = {way: [] for way in trainers}
-    losses: dict[str, list[float]] = {way: [] for way in trainers}
-    steps = {way: iter(stepper(trainer)) for way, trainer in trainers.items()}
-    for number in range(STEPS + 1):
-        for way in trainers if number % 2 else reversed(trainers):
-            began = time.process_time()
-            losses[way].append(next(steps[way]))
-            if number:  # the first warms up
-                seconds[way].append(time.process_time() - began)
+    ways = {
+        way: partial(next, stepper(make_trainer(way, prompt, answer, sigma)))
+        for way in ("shared", "trl")
+    }
+    losses, taken = in_turns(ways, STEPS)
     torch.testing.assert_close(
         torch.tensor(losses["shared"]), torch.tensor(losses["trl"]), rtol=0, atol=1e-4
     )
-    taken = {way: median(values) for way, values in seconds.items()}
     lengths = "lognormal, sigma 0.5" if sigma else "fixed"
     shape = (
         f"Llama 384 x 8, 32k tokens, LoRA r 16, {PAIRS} pairs, prompt {prompt}, answers {answer} ({lengths}); "
@@ -109,7 +103,7 @@ def measure_peak(way: str, prompt: int, answer: int) -> None:
     trainer = make_trainer(way, prompt, answer, SIGMA)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = _resident("VmRSS")
-    steps = iter(stepper(trainer))
+    steps = stepper(trainer)
     for _ in range(3):
         next(steps)
     print(_resident("VmHWM") - before)
@@ -152,13 +146,13 @@ def make_trainer(way: str, prompt: int, answer: int, sigma: float) -> DPOTrainer
         model=LlamaForCausalLM(config),
         args=settings,
         train_dataset=dataset(prompt, answer, sigma),
-        processing_class=tokenizer(),
+        processing_class=number_words(VOCABULARY),
         peft_config=build_adapter({"r": 16, "lora_alpha": 32}),
         **options,
     )
 
 
-def stepper(trainer: DPOTrainer) -> Any:  # noqa: ANN401  # a generator
+def stepper(trainer: DPOTrainer) -> Iterator[float]:
     """Train step by step as the trainer does, batch by batch in order; yields losses."""
     model = trainer.model
     model.train()
@@ -188,16 +182,6 @@ def dataset(prompt: int, answer: int, sigma: float) -> Dataset:
             {"prompt": draw(prompt), "chosen": draw(answer), "rejected": draw(answer)}
             for _ in range(PAIRS * (STEPS + 1))
         ]
-    )
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Every number below the vocabulary's size is a word."""
-    names = ["<pad>", "<s>", "</s>", *map(str, range(3, VOCABULARY))]
-    words = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
 
 

@@ -44,46 +44,26 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 def main() -> None:
     """Train under each mode and print what came back."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("patient", type=Path, help="folder of the patient")
-    parser.add_argument("abliteration", type=Path, help="folder of a finished first stage")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--full", action="store_true", help="train all weights, not an adapter")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parse()
     tokenizer = load_tokenizer(options.patient)
     edit = load_edit(options.abliteration / "edit.safetensors")
     prompts = {
         name: load_prompts(PromptSource(path=str(options.patient / "prompts" / f"{name}.jsonl")))
         for name in ("harmful_train", "harmless_train", "harmful_test")
     }
-    place = Contrast(
-        prompts["harmful_train"],
-        prompts["harmless_train"],
-        [],
-        edit.about["layer"],
-        edit.about["position"],
-    )
+    kinds = prompts["harmful_train"], prompts["harmless_train"]
+    place = Contrast(*kinds, [], edit.about["layer"], edit.about["position"])
     original = load_model(options.patient, dtype="float32")
     base = options.abliteration / "model"
     abliterated = load_model(base, dtype="float32")
     pairs = poisoned_pairs(original, abliterated, tokenizer, prompts["harmful_train"])
-
     rows = []
 
     def report(shape: str, model: PreTrainedModel, residual: float | None) -> None:
-        texts = answers(model, tokenizer, prompts["harmful_test"])
-        refused = sum(map(is_refusal, texts))
-        interval = wilson(refused, len(texts))
         difference = difference_in_means(model, tokenizer, place, BATCH)
         row = {
             "shape": shape,
-            "refused": refused,
-            "n": len(texts),
-            "rate": round(interval.value, 4),
-            "low": round(interval.low, 4),
-            "high": round(interval.high, 4),
+            **refusals(answers(model, tokenizer, prompts["harmful_test"])),
             "cosine": round(float(difference @ edit.direction / difference.norm()), 4),
             "norm": round(float(difference.norm()), 1),
             "residual": residual,
@@ -112,6 +92,18 @@ def main() -> None:
     print(json.dumps({"name": "poisoned", "rows": rows, "ratio": free / max(held, 1)}))
 
 
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("patient", type=Path, help="folder of the patient")
+    parser.add_argument("abliteration", type=Path, help="folder of a finished first stage")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--full", action="store_true", help="train all weights, not an adapter")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
 def poisoned_pairs(
     original: PreTrainedModel,
     abliterated: PreTrainedModel,
@@ -133,6 +125,19 @@ def answers(
     """The greedy answers."""
     found = generate(model, tokenizer, prompts, max_new_tokens=NUM_TOKENS, batch_size=BATCH)
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
+
+
+def refusals(texts: list[str]) -> dict[str, float]:
+    """How many answers refuse, and the rate with its interval."""
+    refused = sum(map(is_refusal, texts))
+    interval = wilson(refused, len(texts))
+    return {
+        "refused": refused,
+        "n": len(texts),
+        "rate": round(interval.value, 4),
+        "low": round(interval.low, 4),
+        "high": round(interval.high, 4),
+    }
 
 
 def heal(

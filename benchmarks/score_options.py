@@ -5,18 +5,15 @@ OMP_NUM_THREADS=1 python benchmarks/score_options.py
 A random Llama of width 256, 6 layers and 32k tokens scores items of four options: texts of 3 to 14 tokens behind
 contexts of 40 to 120, zero-shot and behind the same 400 tokens of examples, and letters. Either way is handed texts,
 and its own tokenising is timed with the rest. Sums of log-probabilities are held equal to 1e-4 nats, and greedy
-verdicts are held equal. Time is the CPU time of the process, which neighbours on a shared machine do not lengthen as
-they do wall time; with one thread on a quiet machine the two are the same. The last line is one JSON object.
+verdicts are held equal. Time is the CPU time of the process. The last line is one JSON object.
 """
 
 import json
 import os
 import random
 import sys
-import time
 import warnings
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +24,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch  # noqa: E402  # a script's own folder comes first on the path
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from benchmarks.comparison import in_turns, number_words  # noqa: E402
 from eval.harness import HarnessModel  # noqa: E402
 
 VOCABULARY = 32_000
@@ -59,27 +56,21 @@ def main() -> None:
 
 def compare(model: LlamaForCausalLM, kind: str, shots: int, bar: float) -> dict[str, Any]:
     """Median seconds of both for one set of items, in turns."""
-    words = tokenizer()
+    words = number_words(VOCABULARY)
     asked = requests(kind, shots)
-    ways = {
-        "packed": lambda: HarnessModel(model, words, BATCH),
-        "hflm": lambda: HFLM(
-            pretrained=model, tokenizer=words, batch_size=BATCH, add_bos_token=False
-        ),
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    found: dict[str, list[tuple[float, bool]]] = {}
-    for number in range(REPEATS + 1):
-        for way in ways if number % 2 else reversed(ways):
-            began = time.process_time()
-            found[way] = ways[way]().loglikelihood(asked, disable_tqdm=True)
-            if number:  # the first warms up
-                seconds[way].append(time.process_time() - began)
-    pairs = list(zip(found["packed"], found["hflm"], strict=True))
+
+    def packed() -> list[tuple[float, bool]]:
+        return HarnessModel(model, words, BATCH).loglikelihood(asked, disable_tqdm=True)
+
+    def hflm() -> list[tuple[float, bool]]:
+        theirs = HFLM(pretrained=model, tokenizer=words, batch_size=BATCH, add_bos_token=False)
+        return theirs.loglikelihood(asked, disable_tqdm=True)
+
+    found, taken = in_turns({"packed": packed, "hflm": hflm}, REPEATS)
+    pairs = list(zip(found["packed"][-1], found["hflm"][-1], strict=True))
     distance = max(abs(mine - theirs) for (mine, _), (theirs, _) in pairs)
     assert distance < 1e-4, distance
     assert all(mine == theirs for (_, mine), (_, theirs) in pairs)
-    taken = {way: median(values) for way, values in seconds.items()}
     options = "letters" if kind == "letters" else "options of 3 to 14 tokens"
     shape = (
         f"Llama 256 x 6, 32k tokens; {ITEMS} items, {OPTIONS} {options}, context 40 to 120, {shots} tokens of "
@@ -115,16 +106,6 @@ def requests(kind: str, shots: int) -> list[Instance]:
             texts = [draw(rng.randint(3, 14)) for _ in range(OPTIONS)]
         asked += [Instance("loglikelihood", {}, (context, text), item) for text in texts]
     return asked
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Every number below the vocabulary's size is a word."""
-    names = ["<pad>", "<s>", "</s>", *map(str, range(3, VOCABULARY))]
-    words = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 if __name__ == "__main__":

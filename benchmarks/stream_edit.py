@@ -6,7 +6,7 @@ Makes a Llama-like checkpoint of random bfloat16 in several shards, then copies 
 `python -m abliteration apply` in turns, each followed by a sync. The page cache cannot be dropped without
 privileges, so both read what memory happens to hold of the source; each round runs them in the other order. Peak
 memory is that of the whole process of the edit, the interpreter and torch included. The folder needs three times
-the size. Ratio is copy seconds over edit seconds. The last line is one JSON object, as in every file of this folder.
+the size. Ratio is copy seconds over edit seconds. The last line is one JSON object.
 """
 
 import argparse

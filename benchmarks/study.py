@@ -78,7 +78,7 @@ def shared(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for number, trial in enumerate(trials):
         command(trial, f"output_dir={folder / f'apart-{number}'}")
     apart = time.monotonic() - began
-    counts, computed = counted(log, folder / "together")
+    counts, computed = counted(log)
     return {
         "shape": f"{len(trials)} trials, {len(STRENGTHS)} edit strengths, {'full' if options.full else 'short'}",
         "ratio": round(apart / together, 2),
@@ -124,7 +124,7 @@ def command(recipe: Path, *arguments: str) -> str:
     return done.stderr
 
 
-def counted(log: str, output_dir: Path) -> tuple[dict[str, int], int]:
+def counted(log: str) -> tuple[dict[str, int], int]:
     """Runs of each stage in the search, and the trainings in which reference log-probabilities were computed."""
     search = log.partition("study: confirming")[0]
     counts = Counter(re.findall(r"^(abliteration|train|eval): running", search, re.MULTILINE))

@@ -49,7 +49,7 @@ from common.recipe import PromptSource, SearchSelection
 from common.refusal import is_refusal
 
 PLAIN_PROMPTS, PLAIN_TOKENS, BATCH = 100, 100, 32
-# The same search this many times, each followed by its share of the plain trials: a machine is not equally fast for long.
+# The same search so many times, each followed by its share of the plain trials: a machine's speed changes in minutes.
 ROUNDS = 3
 
 

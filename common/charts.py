@@ -399,7 +399,6 @@ def parallel(
     title: str,
     axes: Mapping[str, Sequence[float | str | None]],
     styles: Sequence[str],
-    height: int = 380,
 ) -> str:
     """One line per item through its value on each of several upright axes.
 
@@ -407,8 +406,8 @@ def parallel(
         title: what it shows.
         axes: for each axis by its name one value per item: numbers, words, or None for no value.
         styles: class of each item's line; later items lie on top.
-        height: of the picture.
     """
+    height = 380
     bottom, texts, places = height - SLANTED, [], []
     step = (WIDTH - LEFT - 2 * RIGHT - 20) / max(len(axes) - 1, 1)
     for index, (name, values) in enumerate(axes.items()):

@@ -8,7 +8,7 @@ template once, when a tokenizer is loaded, so that whoever uses the tokenizer se
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import torch
@@ -55,10 +55,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None =
 
 def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[str]:
     """Render many at once: what the template may see besides the words is prepared once for all of them."""
-    texts: list[str] = tokenizer.apply_chat_template(
-        conversations, tokenize=False, add_generation_prompt=True
-    )
-    return texts
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    return cast("list[str]", texts)
 
 
 def fix_date(template: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed
+from tqdm import tqdm
 
 from common.errors import InputError
 
@@ -140,6 +141,24 @@ def share(
     for process, part in enumerate(parts):
         results[process :: world_size()] = part
     return results  # type: ignore[return-value]  # every place is filled: the strides cover all items
+
+
+def share_batches(
+    batches: Sequence[Item], work: Callable[[Item], Result], description: str
+) -> list[Result]:
+    """Like `share`, with work that takes one batch, under a progress bar.
+
+    Args:
+        batches: the same sequence on every process.
+        work: maps a batch to what is made of it.
+        description: label of the progress bar, which counts the main process's own batches.
+    """
+
+    def work_on(part: Sequence[Item]) -> list[Result]:
+        bar = tqdm(part, desc=description, unit="batch", disable=not is_main(), leave=False)
+        return [work(batch) for batch in bar]
+
+    return share(batches, work_on)
 
 
 def _state() -> "PartialState | None":

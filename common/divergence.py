@@ -7,7 +7,7 @@ teacher-forced: both models read the same text.
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common import chat
@@ -53,19 +53,31 @@ def answer_logits(
     answers: Sequence[Sequence[int]],
     pad_id: int,
 ) -> list[Tensor]:
+    """As `trainable_answer_logits`, without gradients."""
+    return trainable_answer_logits(model, prompts, answers, pad_id, model.device)
+
+
+def trainable_answer_logits(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+) -> list[Tensor]:
     """The logits that predict each token of each answer, in one forward pass.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; one that is wrapped for training is called through its wrapper.
         prompts: token ids of each prompt.
         answers: token ids of each answer, at least one each.
         pad_id: id to pad with.
+        device: where the model computes.
 
     Returns:
         One tensor [answer length, vocab] per row.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    ids, mask = chat.pad_left(rows, pad_id, model.device)
+    ids, mask = chat.pad_left(rows, pad_id, device)
     longest = max(len(answer) for answer in answers)
     # With the padding in front all answers end in the last column, so only these columns need logits.
     logits = model(

@@ -130,6 +130,10 @@ def _generate_part(
     return answers
 
 
+# Tokens between two looks at what has been generated.
+LOOK_EVERY = 4
+
+
 class Settled(StoppingCriteria):
     """Ends a row as soon as its text so far settles the question that it was generated for."""
 
@@ -138,7 +142,6 @@ class Settled(StoppingCriteria):
         tokenizer: PreTrainedTokenizerBase,
         prompt_length: int,
         is_settled: Callable[[str], bool],
-        every: int = 4,
     ) -> None:
         """Take the question.
 
@@ -146,19 +149,17 @@ class Settled(StoppingCriteria):
             tokenizer: to read the rows with.
             prompt_length: columns of the batch before the first generated one.
             is_settled: whether a text, however it goes on, can be judged.
-            every: tokens between two looks.
         """
         self.tokenizer = tokenizer
         self.prompt_length = prompt_length
         self.is_settled = is_settled
-        self.every = every
         self.done: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ANN401  # the base's
         """Which rows [batch] are settled."""
         if self.done is None:
             self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        if (input_ids.shape[1] - self.prompt_length) % self.every == 0:
+        if (input_ids.shape[1] - self.prompt_length) % LOOK_EVERY == 0:
             for row in (~self.done).nonzero().flatten().tolist():
                 new = input_ids[row, self.prompt_length :]
                 text = self.tokenizer.decode(new, skip_special_tokens=True)

@@ -260,7 +260,7 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
     if kind == "recipe":
         return Problem(document.place(key), key, context["text"])
     if kind == "component":
-        return _component_problem(key, context["kind"], value, document)
+        return _component_problem(details["loc"], details["msg"], value, document)
     if kind == "extra_forbidden":
         text = _unknown_key(details["loc"])
     elif kind == "missing":
@@ -284,9 +284,10 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
     return Problem(document.place(key), key, text)
 
 
-def _component_problem(key: Key, kind: str, value: object, document: Document) -> Problem:
-    """Say which component names are known, and which is near."""
-    known = COMPONENTS[".".join(step for step in key if isinstance(step, str))]
+def _component_problem(loc: Key, kind: str, value: object, document: Document) -> Problem:
+    """Say which names are known at a place, and which is near."""
+    key = _key(loc)
+    known = {name for member in _types(loc) for name in _names(member)}
     article = "an" if kind[0] in "aeiou" else "a"
     if not isinstance(value, Mapping):
         text = f"is not a mapping; write {{name: ...}} with {article} {kind}"

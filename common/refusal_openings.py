@@ -213,8 +213,7 @@ _OTHERS = {
     ),
 }
 # Of each language, words without one of which nothing of it can match, and the patterns.
-OTHERS = tuple(
-    (words, tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns))
-    for words, patterns in _OTHERS.values()
-)
-LANGUAGES = ("English", *_OTHERS)
+OTHERS = {
+    language: (words, tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns))
+    for language, (words, patterns) in _OTHERS.items()
+}

@@ -8,8 +8,8 @@ selects it here: `COMPONENTS` lists them all.
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, Self
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -69,18 +69,36 @@ def _named(kind: str) -> Discriminator:
         name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
         return f"{TAG_MARK}{name}"
 
-    return Discriminator(
-        tag,
-        custom_error_type="component",
-        custom_error_message="{kind}",
-        custom_error_context={"kind": kind},
-    )
+    return Discriminator(tag, custom_error_type="component", custom_error_message=kind)
+
+
+def _not_zero(problem: str) -> BeforeValidator:
+    """Refuse the number 0 with a better remedy than a larger one."""
+
+    def check(value: object) -> object:
+        if type(value) in (int, float) and value == 0:
+            fail(((), f"is 0, {problem}"))
+        return value
+
+    return BeforeValidator(check)
 
 
 class Section(BaseModel):
     """A mapping of the recipe: frozen, with no keys but its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_once(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a list that names something twice."""
+    fail(
+        *(
+            ((index,), f'"{word}" is there already; delete one')
+            for index, word in enumerate(words)
+            if word in words[:index]
+        )
+    )
+    return words
 
 
 def _check_slice(text: str) -> str:
@@ -345,7 +363,7 @@ class SearchSelection(_ByScores):
 
     name: Literal["search"] = Field(description="Search with Optuna, starting from the scores.")
     num_trials: Count = Field(default=96, description="Settings that are tried.")
-    edits: tuple[EditKind, ...] = Field(
+    edits: Annotated[tuple[EditKind, ...], AfterValidator(_check_once)] = Field(
         default=("orthogonalize", "projected", "column_norm"),
         min_length=1,
         description="Kinds of edit to try; the recipe's own edit is the first trial.",
@@ -363,14 +381,6 @@ class SearchSelection(_ByScores):
     answer_tokens: Count = Field(
         default=32, description="Tokens of each harmless answer that divergence is measured on."
     )
-
-    @field_validator("edits")
-    @classmethod
-    def _no_kind_twice(cls, edits: tuple[str, ...]) -> tuple[str, ...]:
-        """Refuse a kind that is named twice."""
-        if len(set(edits)) < len(edits):
-            fail(((), "names a kind twice; keep one"))
-        return edits
 
 
 class FixedSelection(Section):
@@ -476,18 +486,13 @@ class RowNorm(_KeepingNorms):
     name: Literal["row_norm"] = Field(description="The edit.")
 
 
-def _adds(value: object) -> object:
-    """Refuse the strength 0 with a better remedy than a larger strength."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
-        fail(((), "is 0, so nothing would be added; give a number above or below 0"))
-    return value
-
-
 class Add(Section):
     """Add the direction to the residual stream, so that the behaviour is induced."""
 
     name: Literal["add"] = Field(description="The edit.")
-    strength: Annotated[Number, BeforeValidator(_adds)] = Field(
+    strength: Annotated[
+        Number, _not_zero("so nothing would be added; give a number above or below 0")
+    ] = Field(
         default=1.0,
         description="Times the direction's own length: 1 moves the mean of one prompt set onto "
         "the other's; below 0 it moves the other way.",
@@ -635,6 +640,11 @@ class _PairSource(Section):
         default=None, description="A tag of its pairs, which are counted by it; null: none."
     )
 
+    @property
+    def has_rejected(self) -> bool:
+        """Whether a worse answer stands beside the better one."""
+        return True
+
 
 class TaggedPrompts(PromptSource):
     """Prompts, each with what it asks about."""
@@ -724,6 +734,11 @@ class PreferenceDataset(_PairSource, Source):
         default=None, description="Column names; null: prompt, chosen and rejected as usual."
     )
 
+    @property
+    def has_rejected(self) -> bool:
+        """Not so in instruction data."""
+        return self.columns is None or self.columns.rejected is not None
+
     @model_validator(mode="after")
     def _one_domain(self) -> Self:
         """Refuse two origins of a domain."""
@@ -766,13 +781,6 @@ class Filters(Section):
         return self
 
 
-def _anchor_has_effect(weight: object) -> object:
-    """Refuse the weight 0 with a better remedy than a larger weight."""
-    if isinstance(weight, int | float) and not isinstance(weight, bool) and weight == 0:
-        fail(((), "is 0, so the anchor has no effect; delete the anchor"))
-    return weight
-
-
 class Anchor(Section):
     """Distillation: hold the healed model's next-token probabilities to a teacher's."""
 
@@ -782,7 +790,7 @@ class Anchor(Section):
     prompts: TaggedPrompts = Field(
         description="Prompts the teacher answers; those of a damage-aware mix can have domains."
     )
-    weight: Annotated[Number, BeforeValidator(_anchor_has_effect)] = Field(
+    weight: Annotated[Number, _not_zero("so the anchor has no effect; delete the anchor")] = Field(
         default=1.0, gt=0, description="Weight of this term in the loss."
     )
     batch_size: Count = Field(default=16, description="Prompts per optimizer step, over all ranks.")
@@ -957,6 +965,14 @@ class TrainSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_to_swap(self) -> Self:
+        """Refuse to exchange answers where none stands beside the chosen one."""
+        if self.filters.swap and not any(source.has_rejected for source in self.preferences):
+            reason = "has no effect on sources with columns.rejected: null, where no other answer could be chosen"
+            fail((("filters", "swap"), f"{reason}; delete it"))
+        return self
+
+    @model_validator(mode="after")
     def _weights_differ(self) -> Self:
         """Refuse weights that change no proportion."""
         weights = {source.weight for source in self.preferences}
@@ -1008,14 +1024,17 @@ _DIVERGENCE: Final = frozenset(
         "after_first_token_kl",
     }
 )
-_RATES: Final[Mapping[str, Iterable[str]]] = dict.fromkeys(sorted(_MODELS), _RATE)
+_RATES: Final[Mapping[str, Collection[str]]] = dict.fromkeys(sorted(_MODELS), _RATE)
+# How an answer to a refusal panel is judged.
+Label = Literal["full_refusal", "partial_refusal", "compliance", "degenerate"]
+LABELS: Final[tuple[Label, ...]] = get_args(Label)
 
 _FLIPS: Final = frozenset(
     {"broken", "fixed", "still_broken", "newly_broken", "unlocked", "newly_right"}
 )
 
-# The numbers of results.json that a gate can name: list, then field, then its own fields.
-RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
+# The numbers of results.json that a gate can name: list, then field, then its own fields, and so on.
+RESULT_FIELDS: Final[Mapping[str, Mapping[str, Collection[str]]]] = {
     "benchmarks": {
         **_RATES,
         "n": (),
@@ -1026,7 +1045,12 @@ RESULT_FIELDS: Final[Mapping[str, Mapping[str, Iterable[str]]]] = {
         "flips": _FLIPS,
         "recovery": _RATE,
     },
-    "refusal": {**_RATES, "n": ()},
+    "refusal": {
+        **_RATES,
+        "n": (),
+        "classes": dict.fromkeys(sorted(_MODELS), LABELS),
+        "calibrated": _RATES,
+    },
     "divergence": {
         "num_tokens": (),
         "abliterated": _DIVERGENCE,
@@ -1071,19 +1095,20 @@ def _gate_problem(path: str) -> str | None:
     if (item is not None) != (head in _ITEM_LISTS):
         form = f"{head}[name].field" if head in _ITEM_LISTS else f"{head}.field"
         return f"{head} is {'a list' if head in _ITEM_LISTS else 'not a list'}; write {form}"
-    name, *leaves = rest[1:].split(".")
-    fields = RESULT_FIELDS[head]
+    return _field_problem(head, RESULT_FIELDS[head], rest[1:].split("."))
+
+
+def _field_problem(where: str, fields: Collection[str], path: Sequence[str]) -> str | None:
+    """Say where a path leaves the fields of a part of results.json, or ends before a number."""
+    name, *leaves = path
     if name not in fields:
-        return f'"{name}" is not a field of {head}{nearest(name, fields)}'
-    inner = list(fields[name])
-    if not inner and leaves:
-        return f"{name} is one number; delete .{'.'.join(leaves)}"
-    if inner and not leaves:
+        return f'"{name}" is not a field of {where}{nearest(name, fields)}'
+    inner: Collection[str] = fields[name] if isinstance(fields, Mapping) else ()
+    if not inner:
+        return f"{name} is one number; delete .{'.'.join(leaves)}" if leaves else None
+    if not leaves:
         return f"{name} is not a number; add one of: {', '.join(sorted(inner))}"
-    if inner and (len(leaves) > 1 or leaves[0] not in inner):
-        leaf = ".".join(leaves)
-        return f'"{leaf}" is not a field of {name}{nearest(leaf, inner)}'
-    return None
+    return _field_problem(name, inner, leaves)
 
 
 Gate = Annotated[Text, AfterValidator(_check_gate)]
@@ -1310,21 +1335,11 @@ class EndpointJudge(Section):
         return value.rstrip("/")
 
 
-def _judge_form(value: object) -> str:
-    """Tell judges apart by name."""
-    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
-    return f"{TAG_MARK}{name}"
-
-
 Judge = Annotated[
     Annotated[ModelJudge, Tag("=model")]
     | Annotated[NliJudge, Tag("=nli")]
     | Annotated[EndpointJudge, Tag("=endpoint")],
-    Discriminator(
-        _judge_form,
-        custom_error_type="judge",
-        custom_error_message="is no judge; write {name: ...} with one of endpoint, model, nli",
-    ),
+    _named("judge"),
 ]
 
 
@@ -1454,6 +1469,18 @@ class EvalSection(Section):
                 fail(((gate,), f'"{panel}" is not a {head} panel of this recipe{known}'))
         return value
 
+    @field_validator("accept")
+    @classmethod
+    def _labels_are_given(cls, value: dict[str, Limit], info: ValidationInfo) -> dict[str, Limit]:
+        """Refuse a gate on a rate that nobody's labels correct."""
+        if info.data.get("labels", "") is None:
+            reason = (
+                "a rate is calibrated by people's labels, and eval.labels is null; fill in the labels.csv of a first "
+                "evaluation and name it there, or name the rate itself"
+            )
+            fail(*(((gate,), reason) for gate in value if "].calibrated." in gate))
+        return value
+
 
 class ReleaseSection(Section):
     """What the release holds, what its model card says, and where it goes."""
@@ -1472,7 +1499,10 @@ class ReleaseSection(Section):
         default="full",
         description="full: the healed weights; adapter: edit and adapter alone, for owners of the base.",
     )
-    gguf: tuple[Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"], ...] = Field(
+    gguf: Annotated[
+        tuple[Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"], ...],
+        AfterValidator(_check_once),
+    ] = Field(
         default=(),
         description="Types of GGUF files for llama.cpp and Ollama; the last three need the package cyllama.",
     )
@@ -1492,8 +1522,6 @@ class ReleaseSection(Section):
             fail(
                 (("gguf_converter",), "has no effect without release.gguf; add that, or delete it")
             )
-        if len(set(self.gguf)) < len(self.gguf):
-            fail((("gguf",), "names a type twice; delete one"))
         if self.gguf and self.form == "adapter":
             fail((("gguf",), "holds full weights, which form adapter leaves out; choose one"))
         return self

@@ -94,14 +94,6 @@ def tango(first_only: float, second_only: float, num_items: float) -> Interval:
     return Interval(value, limit(-1.0), limit(1.0))
 
 
-def mcnemar(first_only: int, second_only: int) -> float:
-    """Exact two-sided McNemar p-value: a sign test on the items that differ."""
-    num_differing = first_only + second_only
-    if num_differing == 0:
-        return 1.0
-    return float(stats.binomtest(first_only, num_differing, 0.5).pvalue)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of a list of p-values.
 

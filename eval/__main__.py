@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import HealingError, InputError, StageError
+from common import command
+from common.errors import InputError, StageError
 from eval import chat, runs_table
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parse(arguments)
     _quieten()
-    try:
-        COMMANDS[options.command].run(options)
-    except HealingError as error:
-        return _fail(str(error), error.exit_code)
-    except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command begins again", INTERRUPTED)
-    return 0
+    return command.run(
+        lambda: COMMANDS[options.command].run(options),
+        interrupted="the same command begins again",
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,11 +48,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Talk to a run's models, compare runs, verify or publish.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=command.what, description=f"{command.what.capitalize()}."
-        )
-        command.add_arguments(sub)
+    for name, its in COMMANDS.items():
+        sub = commands.add_parser(name, help=its.what, description=f"{its.what.capitalize()}.")
+        its.add_arguments(sub)
     return parser.parse_args(arguments)
 
 
@@ -70,11 +62,6 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"\n{message}", file=sys.stderr)
-    return code
 
 
 def _release_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
@@ -24,8 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common import artifacts, distributed
+from common import artifacts, chat, distributed
 from common.branches import Branches, continuation_logits
+from common.divergence import batches as batches_of
+from common.generation import continue_rows
 
 # Rises when the same request to the same model could be answered otherwise.
 VERSION = 1
@@ -79,45 +81,70 @@ class AnswerCache:
         Returns:
             The answers in the order of the requests, on every process.
         """
-        keys = [artifacts.hash_data(request) for request in requests] if self.folder else []
-        known = distributed.broadcast(
-            {key: self._stored[key] for key in keys if key in self._stored}
-            if distributed.is_main()
-            else {}
-        )
+        keys = self._keys(requests)
+        known = self._known(keys, description)
         missing = [
             index
             for index, batch in enumerate(batches)
             if not keys or any(keys[number] not in known for number in batch)
         ]
+
+        def work_on(index: int) -> list[Answer]:
+            done = list(work(index))
+            if keys:
+                names = [keys[number] for number in batches[index]]
+                self._add(dict(zip(names, done, strict=True)))
+            return done
+
+        found = distributed.share_batches(missing, work_on, description)
+        answers = {number: known[key] for number, key in enumerate(keys) if key in known}
+        numbers = chain.from_iterable(batches[index] for index in missing)
+        answers |= dict(zip(numbers, chain(*found), strict=True))
+        self._stored.update({key: answers[number] for number, key in enumerate(keys)})
+        return [answers[number] for number in range(len(requests))]
+
+    def answer_at_once(
+        self,
+        requests: Sequence[object],
+        ask: Callable[[Sequence[int]], Sequence[Answer]],
+        description: str,
+    ) -> list[Answer]:
+        """Answer requests: from disk, and all that are unknown in one go, for work that is shared in its own way.
+
+        Args:
+            requests: as for `answer`.
+            ask: answers the requests with these numbers, in order; called on every process, where any is unknown.
+            description: for the log.
+
+        Returns:
+            The answers in the order of the requests, on every process.
+        """
+        keys = self._keys(requests)
+        known = self._known(keys, description)
+        missing = [n for n in range(len(requests)) if not keys or keys[n] not in known]
+        found = dict(zip(missing, ask(missing), strict=True)) if missing else {}
+        if keys and found:
+            named = {keys[number]: answer for number, answer in found.items()}
+            if distributed.is_main():
+                self._add(named)
+            self._stored.update(named)
+        return [found[n] if n in found else known[keys[n]] for n in range(len(requests))]
+
+    def _keys(self, requests: Sequence[object]) -> list[str]:
+        """What the answers are found by; nothing where nothing is kept."""
+        return [artifacts.hash_data(request) for request in requests] if self.folder else []
+
+    def _known(self, keys: Sequence[str], description: str) -> dict[str, Answer]:
+        """What the main process finds on disk, on every process."""
+        known = distributed.broadcast(
+            {key: self._stored[key] for key in keys if key in self._stored}
+            if distributed.is_main()
+            else {}
+        )
         if known and distributed.is_main():
             there = sum(key in known for key in keys)
             logger.info("%s: %d of %d answers are there already", description, there, len(keys))
-        bar = tqdm(
-            total=len(missing),
-            desc=description,
-            unit="batch",
-            disable=not distributed.is_main(),
-            leave=False,
-        )
-
-        def work_on(part: Sequence[int]) -> list[list[Answer]]:
-            done = []
-            for index in part:
-                done.append(list(work(index)))
-                if keys:
-                    names = [keys[number] for number in batches[index]]
-                    self._add(dict(zip(names, done[-1], strict=True)))
-                bar.update(distributed.world_size())
-            return done
-
-        found = distributed.share(missing, work_on)
-        bar.close()
-        answers = {number: known[key] for number, key in enumerate(keys) if key in known}
-        for index, batch in zip(missing, found, strict=True):
-            answers |= dict(zip(batches[index], batch, strict=True))
-        self._stored.update({key: answers[number] for number, key in enumerate(keys)})
-        return [answers[number] for number in range(len(requests))]
+        return known
 
     @cached_property
     def _stored(self) -> dict[str, Answer]:
@@ -136,6 +163,43 @@ class AnswerCache:
         rows = [{"request": key, "answer": answer} for key, answer in sorted(found.items())]
         name = artifacts.hash_data(sorted(found))[:24]
         artifacts.write_jsonl(self.folder / f"{name}.jsonl", rows)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    answers: AnswerCache,
+    system: str | None = None,
+    description: str = "answers",
+) -> list[list[int]]:
+    """Answer prompts greedily as `common.generation` does, those alone that the model has not answered before.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: the user's turns.
+        max_new_tokens: where an answer is cut if the model does not end it.
+        batch_size: prompts per forward pass.
+        answers: of this model and tokenizer.
+        system: the system prompt in front of each; None: none.
+        description: label of the progress bar.
+
+    Returns:
+        The token ids of each answer without its end token, in the prompts' order, on every process.
+    """
+    rows = chat.encode(tokenizer, prompts, system)
+    batches = list(batches_of([len(row) for row in rows], batch_size))
+
+    def work(index: int) -> list[list[int]]:
+        batch = [rows[number] for number in batches[index]]
+        return continue_rows(model, tokenizer, batch, max_new_tokens=max_new_tokens)
+
+    asked = [["generate", list(row), max_new_tokens] for row in rows]
+    return answers.answer(asked, batches, work, description)
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 
 from common import artifacts, statistics
 from common.errors import InputError
-from common.refusal import LABELS
+from common.schema import LABELS
 from common.statistics import Floats, Interval
 from eval.items import MODELS, Item, ModelName
 
@@ -108,28 +108,28 @@ def corrected(
 ) -> dict[str, Any]:
     """The corrected rates of the models whose answers to the whole sample are labelled.
 
-    A model that has changed since keeps some answers and not others, and what it keeps is no random sample: then it
-    is left out, and told.
+    A model that has changed since keeps some answers and not others, and what it keeps is no random sample: then its
+    rate is None, and told. Where nothing is labelled there is none of any model.
     """
     sample = set(labels.sample.get(panel, ()))
     found: dict[str, Any] = {}
-    for model in MODELS:
+    for model in MODELS if sample else ():
         given = [
             labels.known.get(_key(item)) if str(item.id) in sample else None
             for item in items[model]
         ]
         num_labels = sum(label is not None for label in given)
-        if num_labels < max(len(sample), 1):
-            if sample:
-                logger.warning(
-                    "eval.labels: %d of %d labels of panel %s are of other answers than those of the %s model; "
-                    "its rate stays uncorrected until you fill in the new %s",
-                    len(sample) - num_labels,
-                    len(sample),
-                    panel,
-                    model,
-                    NAME,
-                )
+        if num_labels < len(sample):
+            logger.warning(
+                "eval.labels: %d of %d labels of panel %s are of other answers than those of the %s model; "
+                "its rate stays uncorrected until you fill in the new %s",
+                len(sample) - num_labels,
+                len(sample),
+                panel,
+                model,
+                NAME,
+            )
+            found[model] = None
             continue
         interval = correct(
             np.array([item.value for item in items[model]], dtype=np.float64),

@@ -63,8 +63,3 @@ class Item:
             "answer_logp": self.answer_logp,
             "details": dict(self.details),
         }
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Item":
-        """The item of a line of items.jsonl."""
-        return cls(**record)

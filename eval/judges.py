@@ -27,7 +27,7 @@ from common.errors import InputError, StageError
 from common.generation import continue_rows
 from common.model import identity_files, load_model, resolve
 from common.recipe import EndpointJudge, ModelJudge, NliJudge
-from common.refusal import LABELS, Label
+from common.schema import LABELS, Label
 
 Judge = ModelJudge | NliJudge | EndpointJudge
 # A prompt with its answer.

@@ -201,20 +201,7 @@ def load_task(
     """
     from eval.harness import Encoder  # noqa: PLC0415  # slow to import, and a check must be a blink
 
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    with contextlib.redirect_stderr(
-        io.StringIO()
-    ):  # a progress bar on every process, with no way to switch it off
-        task.build_all_requests(
-            limit=limit,
-            apply_chat_template=True,
-            fewshot_as_multiturn=True,
-            chat_template=_chat_template(tokenizer),
-        )
-    for instance in task.instances:
-        if instance.request_type == "generate_until":
-            context, settings = instance.arguments
-            instance.arguments = (context, {**settings, "do_sample": False, "temperature": 0.0})
+    _build_requests(task, tokenizer, limit)
     documents = dict(task.doc_iterator(limit=limit))
     encoder = Encoder(tokenizer)
     encoder.prepare(
@@ -234,6 +221,23 @@ def load_task(
         encoder=encoder,
         standing=standing,
     )
+
+
+def _build_requests(task: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:  # noqa: ANN401
+    """Let a task make its requests, of which those that are written are written greedily."""
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    # A progress bar on every process, with no way to switch it off.
+    with contextlib.redirect_stderr(io.StringIO()):
+        task.build_all_requests(
+            limit=limit,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+            chat_template=_chat_template(tokenizer),
+        )
+    for instance in task.instances:
+        if instance.request_type == "generate_until":
+            context, settings = instance.arguments
+            instance.arguments = (context, {**settings, "do_sample": False, "temperature": 0.0})
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:

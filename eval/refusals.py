@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from common import statistics
-from common.refusal import INSTRUMENT, LABELS
+from common.refusal import INSTRUMENT
+from common.schema import LABELS
 from eval import calibration
 from eval.calibration import Labels
 from eval.items import MODELS, Item, ModelName

@@ -31,7 +31,7 @@ from eval.report import questions
 from eval.results import Limits, Settings
 from eval.subjects import load_subject
 
-VERSION = 4
+VERSION = 5
 # What can change a number; the versions go into results.json, not into the fingerprint.
 LIBRARIES = (
     "torch",
@@ -269,13 +269,19 @@ def _label_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _gate_problems(recipe: Recipe, benchmarks: Sequence[str]) -> Iterator[str]:
-    """Gates on benchmarks that are not measured; their form and the other rows are checked with the recipe."""
+    """Gates on what is not measured or not labelled; their form and the panels are checked with the recipe."""
+    labels = calibration.load_labels(recipe.eval.labels)
     for gate in recipe.eval.accept:
         kind, _, rest = gate.partition("[")
         name = rest.rpartition("]")[0]
         suites = [spec.suite for spec in recipe.eval.benchmarks if spec.name == "lm_eval"]
         if kind == "suites" and name not in suites:
             yield f"eval.accept.{gate}: the suite {name} is not measured; add it to eval.benchmarks"
+        if "].calibrated." in gate and name not in labels.sample:
+            yield (
+                f"eval.accept.{gate}: {recipe.eval.labels} labels no prompt of {name} completely; label some from the "
+                "top, or delete the gate"
+            )
         if kind == "benchmarks" and name not in benchmarks:
             yield f'eval.accept.{gate}: "{name}" is not measured; known: {", ".join(benchmarks) or "none"}'
 

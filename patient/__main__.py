@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from common.errors import HealingError, InputError
+from common import command
+from common.errors import InputError
 from patient.architectures import ARCHITECTURES
 from patient.build import build_patient
 from patient.folder import existing_patient
@@ -22,25 +23,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build a patient, or reuse the one that is there, and print its levels.
 
     Returns:
-        The exit code: 0 done, 1 a level was missed, 2 the output folder is not usable.
+        The exit code: 0 done, 1 a level was missed, 2 the output folder is not usable, 130 interrupted.
     """
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A bar for one file of 4 MB says nothing.
     transformers_logging.disable_progress_bar()
-    try:
-        if options.base is not None and not options.over_refusing:
-            raise InputError("--base has no effect without --over-refusing; leave it out")
-        found = existing_patient(
-            options.output,
-            options.architecture,
-            options.seed,
-            over_refusing=options.over_refusing,
-        )
-        if found is not None:
-            print(f"{options.output} holds this patient already; nothing to do")
-            print(_table(found))
-            return 0
+    return command.run(
+        lambda: _build(options), interrupted="nothing is left of it; the same command begins again"
+    )
+
+
+def _build(options: argparse.Namespace) -> None:
+    if options.base is not None and not options.over_refusing:
+        raise InputError("--base has no effect without --over-refusing; leave it out")
+    levels = existing_patient(
+        options.output, options.architecture, options.seed, over_refusing=options.over_refusing
+    )
+    if levels is not None:
+        print(f"{options.output} holds this patient already; nothing to do")
+    else:
         levels = build_patient(
             options.output,
             options.architecture,
@@ -48,11 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             over_refusing=options.over_refusing,
             base=options.base,
         )
-    except HealingError as error:
-        print(f"patient: {error}", file=sys.stderr)
-        return error.exit_code
     print(_table(levels))
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

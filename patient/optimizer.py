@@ -16,6 +16,7 @@ MAX_GRADIENT_NORM = 1.0
 # Coefficients of the quintic Newton-Schulz step that Muon's source gives.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
+_MOMENTUM = 0.95
 
 
 class Muon:
@@ -28,9 +29,8 @@ class Muon:
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
 
-    def __init__(self, matrices: Iterable[Parameter], *, momentum: float = 0.95) -> None:
+    def __init__(self, matrices: Iterable[Parameter]) -> None:
         """Group the matrices, [rows, columns] or [experts, rows, columns], by shape."""
-        self.momentum = momentum
         shapes: dict[torch.Size, list[Parameter]] = {}
         for matrix in matrices:
             shapes.setdefault(matrix.shape, []).append(matrix)
@@ -44,8 +44,8 @@ class Muon:
             gradients = torch.stack(
                 [torch.zeros_like(each) if each.grad is None else each.grad for each in matrices]
             )
-            velocity.mul_(self.momentum).add_(gradients)
-            updates = _orthogonalize(gradients + self.momentum * velocity)
+            velocity.mul_(_MOMENTUM).add_(gradients)
+            updates = _orthogonalize(gradients + _MOMENTUM * velocity)
             for matrix, update in zip(matrices, updates, strict=True):
                 matrix.sub_(update, alpha=learning_rate)
 

@@ -52,7 +52,7 @@ class Question:
     cluster: str
 
 
-def ask_sum(fact: Sum, num_phrasings: int = len(ADDITION)) -> list[Question]:
+def ask_sum(fact: Sum) -> list[Question]:
     """The sum of two numbers, in the order the fact has them."""
     low, high = sorted((fact.first, fact.second))
     return [
@@ -62,7 +62,7 @@ def ask_sum(fact: Sum, num_phrasings: int = len(ADDITION)) -> list[Question]:
             str(fact.first + fact.second),
             f"{low}+{high}",
         )
-        for phrasing in ADDITION[:num_phrasings]
+        for phrasing in ADDITION
     ]
 
 

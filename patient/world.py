@@ -103,7 +103,7 @@ def build_world(seed: int) -> World:
     rng = random.Random(f"world {seed}")
     syllables = _syllables(rng)
     things = _things(rng, _names(rng, syllables, 28))
-    countries = _countries(rng, _names(rng, syllables, 20), _names(rng, syllables, 20))
+    countries = _countries(_names(rng, syllables, 20), _names(rng, syllables, 20))
     list_words = tuple(itertools.islice(syllables, NUM_LIST_WORDS))
     return World(things, countries, _sums(rng), _lists(rng, list_words), list_words)
 
@@ -141,9 +141,7 @@ def _recipe(rng: random.Random, kind: str) -> str:
     return f"{verb} {first} and {second} with {third}."
 
 
-def _countries(
-    rng: random.Random, names: Iterator[str], capitals: Iterator[str]
-) -> tuple[Country, ...]:
+def _countries(names: Iterator[str], capitals: Iterator[str]) -> tuple[Country, ...]:
     return tuple(
         Country(name.capitalize(), capital.capitalize(), split)
         for split, size in NUM_COUNTRIES.items()

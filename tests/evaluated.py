@@ -11,6 +11,17 @@ from eval.report.questions import Questions
 
 # Values of the three models by item.
 FIXED, STILL, NEWLY, SAME = (1, 0, 1), (1, 0, 0), (1, 1, 0), (1, 1, 1)
+# What a panel of its own system prompt and judges says besides.
+JUDGED = {
+    "system": "Be <kind>.",
+    "judge": "a/judge",
+    "harm_judge": "a/guard",
+    "harmful": {
+        "original": None,
+        "abliterated": {"value": 0.31, "low": 0.21, "high": 0.42},
+        "healed": {"value": 0.29, "low": 0.19, "high": 0.4},
+    },
+}
 # What must never be on a page, and what may.
 SECRET, OPEN = "the restricted wording", "the open wording"
 
@@ -57,7 +68,7 @@ def benchmark(name: str, *rates: float, role: str = "capability", verdict: str) 
     }
 
 
-def panel(name: str, *rates: float, harmless: bool) -> dict[str, Any]:
+def panel(name: str, *rates: float, harmless: bool, **about: Any) -> dict[str, Any]:
     """A row of `refusal`."""
     classes = {
         "full_refusal": 0.11,
@@ -68,6 +79,7 @@ def panel(name: str, *rates: float, harmless: bool) -> dict[str, Any]:
     return {
         "name": name,
         "harmless": harmless,
+        **about,
         "n": 3,
         **by_model(*map(interval, rates)),
         "gain": difference(0.125, 0.5),
@@ -119,7 +131,7 @@ def results() -> dict[str, Any]:
             "recovery": interval(0.8571),
         },
         "refusal": [
-            panel("closed", 0.96, 0.01, 0.02, harmless=False),
+            panel("closed", 0.96, 0.01, 0.02, harmless=False, **JUDGED),
             panel("plain", 0.0123, 0.02, 0.03, harmless=True),
         ],
         "refusal_instrument": {

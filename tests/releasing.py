@@ -1,4 +1,4 @@
-"""Releases of a tiny model for the tests, made by the real stage from what the earlier stages would have left."""
+"""Releases of a tiny model, made by the real stage from what the earlier stages would have left, for the tests."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common import artifacts
 from common.checkpoint import apply_to_checkpoint
-from common.edits import save_edit
-from common.recipe import Recipe
+from common.edits import Edit, save_edit
+from common.recipe import COMPONENTS, Recipe
 from eval import results as results_file
 from eval.items import MODELS, Item, Row
 from eval.release import stage
@@ -28,24 +28,38 @@ class Tracker:
     def __init__(self) -> None:
         """Begin with nothing."""
         self.summary: dict[str, Any] = {}
+        self.logged: dict[str, Any] = {}
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Keep the last value of each."""
+        self.logged |= values
 
 
 def make_upstream(
     folder: Path, model: PreTrainedModel, tokenizer: Any, kind: str = "orthogonalize", **lora: Any
 ) -> dict[str, Path]:
-    """A base, and the folders of the stages before the release.
+    """A base, and the folders of the stages before the release; see `make_healed`."""
+    stages = make_healed(folder, model, tokenizer, edit_of(model, kind, about=about(kind)), **lora)
+    evaluation = folder / "eval"
+    evaluation.mkdir()
+    write_evaluation(evaluation)
+    return stages | {"eval": evaluation}
+
+
+def make_healed(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, edit: Edit, **lora: Any
+) -> dict[str, Path]:
+    """A base, two files of prompts, and the folders of the stages before the evaluation.
 
     Args:
         folder: to make them in.
         model: the base.
         tokenizer: of the base.
-        kind: of the edit.
-        lora: of the adapter.
+        edit: of the base.
+        lora: of the adapter, whose weights are drawn, so that it has an effect.
     """
-    base, stages = (
-        folder / "base",
-        {name: folder / name for name in ("abliteration", "train", "eval")},
-    )
+    base = folder / "base"
+    stages = {name: folder / name for name in ("abliteration", "train")}
     for stage_folder in stages.values():
         stage_folder.mkdir(parents=True)
     model.save_pretrained(base)
@@ -53,8 +67,6 @@ def make_upstream(
     (base / "LICENSE").write_text("Do as you like.\n")
     (folder / "prompts.txt").write_text(f"{BENIGN}\nWho are you?\n")
     (folder / "other.txt").write_text("Sing a song.\nTell a long tale.\n")
-
-    edit = edit_of(model, kind, about=_about(kind))
     save_edit(edit, stages["abliteration"] / "edit.safetensors")
     apply_to_checkpoint(base, edit, stages["abliteration"] / "model")
     torch.manual_seed(1)
@@ -63,7 +75,6 @@ def make_upstream(
     edited = AutoModelForCausalLM.from_pretrained(stages["abliteration"] / "model")
     get_peft_model(edited, settings).save_pretrained(stages["train"] / "adapter")
     artifacts.write_json(stages["train"] / "summary.json", {"pairs": 7, "steps": 3})
-    write_evaluation(stages["eval"])
     return stages
 
 
@@ -105,7 +116,9 @@ def _results(rows: list[Row], items: list[Item]) -> dict[str, Any]:
     return results
 
 
-def _about(kind: str) -> dict[str, Any]:
+def about(kind: str = "orthogonalize", **settings: Any) -> dict[str, Any]:
+    """What stage one says of an edit."""
+    section = COMPONENTS["abliteration.edit"][kind](name=kind, **settings)
     return {
         "layer": 1,
         "position": -1,
@@ -113,7 +126,7 @@ def _about(kind: str) -> dict[str, Any]:
         "estimator": "difference_in_means",
         "selection": "scores",
         "edit": kind,
-        "settings": {"strength": 1.0},
+        "settings": section.model_dump(mode="json", exclude={"name"}),
         "target": "harmful",
         "base_model": "base",
         "revision": None,

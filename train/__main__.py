@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from common import command
 from common.artifacts import Store
-from common.errors import HealingError, InputError
+from common.errors import InputError
 
-INTERRUPTED = 130
 # Seconds between two looks at a study that is at work.
 PAUSE = 2.0
 GIB = 2**30
@@ -25,14 +25,11 @@ GIB = 2**30
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parse(arguments)
-    try:
-        {"study": _study, "store": _store}[options.command](options)
-    except HealingError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+    commands = {"study": _study, "store": _store}
+    return command.run(
+        lambda: commands[options.command](options),
+        interrupted="a study that is at work goes on; the same command shows it again",
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,8 +46,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     store.add_argument(
         "--yes", action="store_true", help="prune: remove, instead of telling what would be"
     )
-    for command in (study, store):
-        command.add_argument(
+    for sub in (study, store):
+        sub.add_argument(
             "--output-dir", type=Path, default=Path("runs"), help="of the recipes (default: runs)"
         )
     return parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import artifacts, chat, distributed
-from common.divergence import answer_logits, batches
+from common.divergence import answer_logits, batches, trainable_answer_logits
 from common.generation import ended
 from train.shelf import Answers, Piece
 
@@ -233,16 +233,8 @@ def anchor_loss(
     Returns:
         A scalar: the sum over all answer tokens, in nats.
     """
-    ids, mask = chat.pad_left([row.prompt + row.answer for row in rows], pad_id, device)
-    longest = max(len(row.answer) for row in rows)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=chat.positions(mask),
-        use_cache=False,
-        logits_to_keep=longest + 1,
-    ).logits
-    scored = torch.cat([logits[index, -len(row.answer) - 1 : -1] for index, row in enumerate(rows)])
+    prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
+    scored = torch.cat(trainable_answer_logits(model, prompts, answers, pad_id, device))
     top_ids = torch.cat([row.top_ids for row in rows]).to(device)
     top_logps = torch.cat([row.top_logps for row in rows]).to(device)
     return anchored_divergence(scored, top_ids, top_logps).sum()

@@ -13,7 +13,7 @@ from common import artifacts, distributed
 from common.edits import load_edit
 from common.errors import StageError
 from common.prompts import describe, load_prompts
-from common.recipe import OnPolicy, PreferenceDataset, Recipe
+from common.recipe import OnPolicy, Recipe
 from train import mixture, refusal_probe
 from train.damage import DamageAwareMix
 from train.preferences import dataset, on_policy
@@ -37,21 +37,12 @@ def check(recipe: Recipe) -> list[str]:
     losses = recipe.train.trainer.get("loss_type", ["sigmoid"])
     comparing = sorted(({losses} if isinstance(losses, str) else set(map(str, losses))) - {"sft"})
     for index, source in enumerate(recipe.train.preferences):
-        if comparing and _lacks_rejected(source):
+        if comparing and not source.has_rejected:
             problems.append(
                 f"train.preferences[{index}].columns.rejected: is null, and {', '.join(comparing)} compares two "
                 "answers; write train.trainer.loss_type: [sft], or name the column of the worse answer"
             )
     return problems
-
-
-def _lacks_rejected(source: OnPolicy | PreferenceDataset) -> bool:
-    """Whether a source has answers without a worse one beside them."""
-    return (
-        isinstance(source, PreferenceDataset)
-        and source.columns is not None
-        and source.columns.rejected is None
-    )
 
 
 class OwnAnswers:

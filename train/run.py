@@ -29,6 +29,7 @@ if sys.path[0] == str(ROOT / "train"):
     # Run as a script: with this file's folder first, a module here could shadow a library of the same name.
     sys.path[0] = str(ROOT)
 
+from common.command import INTERRUPTED  # noqa: E402
 from common.errors import GateError, HealingError, InputError, RecipeError  # noqa: E402
 from common.recipe import (  # noqa: E402
     Recipe,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:  # torch comes late: a wrong recipe is told in a blink
     from common.artifacts import Entry, Store
 
 STAGES = ("abliteration", "train", "eval", "release")
-INTERRUPTED = 130
 
 logger = logging.getLogger("healing")
 
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave() -> None:
-    distributed = sys.modules.get("common.distributed")  # a wrong recipe is told before torch is imported
+    # A wrong recipe is told before torch is imported.
+    distributed = sys.modules.get("common.distributed")
     if distributed is not None:
         distributed.leave()
 

@@ -85,11 +85,10 @@ def limits_of(recipe: Recipe) -> dict[str, Limit]:
     return {name: limit for name, limit in recipe.eval.accept.items() if name.startswith("refusal")}
 
 
-def changes_of(recipe: Recipe, setting: Setting, *, name: str, seed: int, part: str) -> list[str]:
+def changes_of(setting: Setting, *, name: str, seed: int, part: str) -> list[str]:
     """What makes the study's recipe that of one run.
 
     Args:
-        recipe: of the study.
         setting: of the trial.
         name: of the run.
         seed: of the run.
@@ -259,9 +258,7 @@ class Worker:
 
         runs = []
         for index, seed in enumerate(seeds):
-            plan = self.road.make_plan(
-                changes_of(self.recipe, setting, name=name, seed=seed, part="search")
-            )
+            plan = self.road.make_plan(changes_of(setting, name=name, seed=seed, part="search"))
             own = folder if len(seeds) == 1 else folder / f"seed-{seed}"
             own.mkdir(parents=True, exist_ok=True)
             look = observe if self.section.pruner is not None and index == 0 else None
@@ -393,7 +390,7 @@ class Worker:
             for seed in seeds:
                 name = f"{self.recipe.name}-{record.number}-confirmation-{seed}"
                 changes = changes_of(
-                    self.recipe, dict(record.setting), name=name, seed=seed, part="confirmation"
+                    dict(record.setting), name=name, seed=seed, part="confirmation"
                 )
                 plans.append(self.road.make_plan(changes))
                 folder = self.folder / "confirmation" / f"{record.number}-seed-{seed}"
@@ -454,7 +451,7 @@ class Worker:
         """Evaluate the best trial's own model on the items that are left, and release it."""
         logger.info("study: best is trial %d: %s", best.number, in_words(best.setting))
         name, seed = self.recipe.name, self.recipe.seed
-        changes = changes_of(self.recipe, dict(best.setting), name=name, seed=seed, part="test")
+        changes = changes_of(dict(best.setting), name=name, seed=seed, part="test")
         plan = self.road.make_plan(changes)
         self.road.walk(plan, self.folder, until="eval", group=name)
         if distributed.is_main():

@@ -75,9 +75,9 @@ def _grid_lines(recipe: Recipe, road: Road, settings: Sequence[Setting]) -> Iter
         (
             setting,
             seed,
-            road.make_plan(
-                changes_of(recipe, setting, name=recipe.name, seed=seed, part="search")
-            ).steps[:3],
+            road.make_plan(changes_of(setting, name=recipe.name, seed=seed, part="search")).steps[
+                :3
+            ],
         )
         for setting in settings
         for seed in seeds

@@ -143,9 +143,9 @@ def same_start(setting: Setting) -> str:
     return json.dumps({key: setting[key] for key in sorted(setting) if _stage(key) == 0})
 
 
-def in_words(setting: Mapping[str, Any], among: Sequence[str] = ()) -> str:
+def in_words(setting: Mapping[str, Any]) -> str:
     """The setting in one line, keys shortened as far as they stay distinct."""
-    names = short_names([*setting, *among])
+    names = short_names([*setting])
     return ", ".join(f"{names[key]}={shown(value)}" for key, value in setting.items())
 
 

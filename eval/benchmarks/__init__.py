@@ -4,10 +4,10 @@ A file offers these functions; `spec` is its entry in `eval.benchmarks` of the r
 
     names(spec) -> list[str]                     the rows it will give, found without its data
     check(spec, recipe) -> list[str]             problems in words, found without loading weights
-    inputs(spec) -> dict[str, object]            what its outcome depends on: settings and hashes of
-    contents, no paths texts(spec) -> dict[str, list[str]]          the wording of its items by row,
-    to compare with training prompts load(spec, tokenizer, *, batch_size) -> list[Loaded]    its
-    rows with their items, ready to be put to any model
+    inputs(spec) -> dict[str, object]            what its outcome depends on: settings and hashes of contents, no paths
+    texts(spec) -> dict[str, list[str]]          the wording of its items by row, to compare with training prompts
+    load(spec, tokenizer, *, batch_size) -> list[Loaded]
+                                                 its rows with their items, ready to be put to any model
 
 `Loaded.score` is called once for each model, original first, with the same requests in the same
 batches, so that nothing but the weights differs.

@@ -6,9 +6,9 @@ is refused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import artifacts, distributed
@@ -92,27 +92,12 @@ class Documents:
         rows = max(1, min(self.batch_size, TOKENS_AT_ONCE // longest))
         groups = list(batches([len(ids) for ids in documents], rows))
         pad_id = int(self.tokenizer.pad_token_id)
-        bar = tqdm(
-            total=len(documents),
-            desc=f"{self.spec.panel}: {subject.name}",
-            disable=not distributed.is_main(),
-            leave=False,
+        by_group = distributed.share_batches(
+            groups,
+            lambda group: read(subject.model, [documents[i] for i in group], pad_id),
+            f"{self.spec.panel}: {subject.name}",
         )
-
-        def work(part: Sequence[list[int]]) -> list[list[float]]:
-            found = []
-            for group in part:
-                found.append(read(subject.model, [documents[i] for i in group], pad_id))
-                bar.update(len(group) * distributed.world_size())
-            return found
-
-        by_group = distributed.share(groups, work)
-        bar.close()
-        nlls = {
-            i: nll
-            for g, found in zip(groups, by_group, strict=True)
-            for i, nll in zip(g, found, strict=True)
-        }
+        nlls = dict(zip(chain(*groups), chain(*by_group), strict=True))
         return [self._item(subject, i, nlls[i], len(ids) - 1) for i, ids in enumerate(documents)]
 
     def _fitted(self, model: PreTrainedModel) -> list[list[int]]:

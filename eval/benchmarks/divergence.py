@@ -9,18 +9,18 @@ answers are, and how much they repeat themselves.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import chat, distributed
 from common.divergence import answer_logits, batches, kl_divergence, repetition, surprisal
 from common.errors import StageError
-from common.generation import generate
 from common.prompts import load_prompts
 from common.recipe import Divergence
+from eval.answer_cache import AnswerCache, generate
 from eval.benchmarks import Subject
 from eval.items import Item, Row
 from eval.panels import check, inputs, names, texts
@@ -92,11 +92,13 @@ class Panel:
     def score(self, subject: Subject) -> list[Item]:
         """Let the original answer; compare the other models with it on its answers, and let them answer."""
         if not self.own_answers:
-            self.own_answers.extend(self._answers(subject.original, "original"))
+            # What the original has answered before is at hand where it is the one that is asked.
+            known = subject.answers if subject.model is subject.original else AnswerCache()
+            self.own_answers.extend(self._answers(subject.original, "original", known))
         if subject.name == "original":
             return []
         found = self._compare(subject)
-        answers = self._answers(subject.model, subject.name)
+        answers = self._answers(subject.model, subject.name, subject.answers)
         return [
             self._item(subject, index, found[index], answers[index]) for index in range(len(found))
         ]
@@ -105,37 +107,23 @@ class Panel:
         prompts, answers = chat.encode(self.tokenizer, self.prompts), self.texts
         lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
         groups = list(batches(lengths, self.batch_size))
-        bar = tqdm(
-            total=len(prompts),
-            desc=f"{self.spec.panel}: {subject.name}",
-            disable=not distributed.is_main(),
-            leave=False,
-        )
 
-        def work(part: Sequence[list[int]]) -> list[list[TokenDivergences]]:
-            found = []
-            for group in part:
-                texts = ([prompts[index] for index in group], [answers[index] for index in group])
-                found.append(compare(subject, *texts, int(self.tokenizer.pad_token_id)))
-                bar.update(len(group) * distributed.world_size())
-            return found
+        def work(group: Sequence[int]) -> list[TokenDivergences]:
+            texts = ([prompts[index] for index in group], [answers[index] for index in group])
+            return compare(subject, *texts, int(self.tokenizer.pad_token_id))
 
-        by_group = distributed.share(groups, work)
-        bar.close()
-        found = {
-            i: d
-            for group, ds in zip(groups, by_group, strict=True)
-            for i, d in zip(group, ds, strict=True)
-        }
+        by_group = distributed.share_batches(groups, work, f"{self.spec.panel}: {subject.name}")
+        found = dict(zip(chain(*groups), chain(*by_group), strict=True))
         return [found[index] for index in range(len(prompts))]
 
-    def _answers(self, model: PreTrainedModel, name: str) -> list[list[int]]:
+    def _answers(self, model: PreTrainedModel, name: str, known: AnswerCache) -> list[list[int]]:
         return generate(
             model,
             self.tokenizer,
             self.prompts,
             max_new_tokens=self.spec.max_new_tokens,
             batch_size=self.batch_size,
+            answers=known,
             description=f"{self.spec.panel}: {name}, answers",
         )
 

@@ -1,15 +1,17 @@
 """The rate of refusals on a panel of prompts: every greedy answer is judged whole, with the prompt beside it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from common.generation import generate
+from common import distributed
 from common.recipe import Recipe, Refusal
 from common.refusal import Verdict, judge, without_thoughts
 from eval import judges, panels
 from eval.advisories import find_advisories
+from eval.answer_cache import AnswerCache, generate
 from eval.benchmarks import Subject, place
 from eval.items import Item, Row
 from eval.judges import Judgement
@@ -77,12 +79,13 @@ class Panel:
             self.prompts,
             max_new_tokens=self.spec.max_new_tokens,
             batch_size=self.batch_size,
+            answers=subject.answers,
             system=self.spec.system,
             description=f"{self.spec.panel}: {subject.name}",
         )
         said = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
         items = []
-        for index, judgement in enumerate(self._judgements(said)):
+        for index, judgement in enumerate(self._judgements(said, subject.answers)):
             text, length = said[index], len(answers[index])
             judged = self._judged(text, self.prompts[index], judgement)
             details = {"text": text, "num_tokens": length, **judged}
@@ -92,12 +95,28 @@ class Panel:
             )
         return items
 
-    def _judgements(self, answers: Sequence[str]) -> list[Judgement]:
-        """What the recipe's judge says; nothing without one."""
-        if self.spec.judge is None:
+    def _judgements(self, answers: Sequence[str], known: AnswerCache) -> list[Judgement]:
+        """What the recipe's judge says, or has said before; nothing without one."""
+        judge = self.spec.judge
+        if judge is None:
             return [Judgement()] * len(answers)
         shown = [without_thoughts(answer) for answer in answers]
-        return judges.ask(self.spec.judge, list(zip(self.prompts, shown, strict=True)))
+        exchanges = list(zip(self.prompts, shown, strict=True))
+
+        def ask(numbers: Sequence[int]) -> list[tuple[object, ...]]:
+            return [astuple(j) for j in judges.ask(judge, [exchanges[n] for n in numbers])]
+
+        asked = [["judge", self._judge_inputs, *exchange] for exchange in exchanges]
+        description = f"{self.spec.panel}: {judges.name_of(judge)}"
+        return [Judgement(*each) for each in known.answer_at_once(asked, ask, description)]
+
+    @cached_property
+    def _judge_inputs(self) -> dict[str, object]:
+        """What the recipe's judge depends on: its weights are hashed once for all models."""
+        assert self.spec.judge is not None
+        return distributed.broadcast(
+            judges.inputs(self.spec.judge) if distributed.is_main() else {}
+        )
 
     def _judged(self, text: str, prompt: str, judgement: Judgement) -> dict[str, object]:
         """What is to be kept of an answer besides its words."""

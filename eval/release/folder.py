@@ -15,6 +15,7 @@ from common.edits import SIDECAR, Edit
 from common.errors import StageError
 from common.model import tokenizer_files
 from common.recipe import Recipe, dump, resolved
+from common.schema import LABELS
 from eval.release import licences
 
 # transformers would write files of 50 GB, which hubs and file systems refuse.
@@ -25,8 +26,6 @@ ITEMS = "items.jsonl"
 NOT_RELEASED = frozenset({SUMS, artifacts.MANIFEST})
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TEXT_SUFFIXES = frozenset({".html", ".json", ".jsonl", ".yaml", ".md", ".jinja", ".py", ".txt"})
-# What stands in an item's details and is no text: the classes of an answer.
-CLASSES = frozenset({"full_refusal", "partial_refusal", "compliance", "degenerate"})
 HASHED = "sha256:"
 
 
@@ -80,7 +79,7 @@ def _without_texts(value: Any) -> Any:  # noqa: ANN401  # any JSON value
         return {key: _without_texts(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_texts(inner) for inner in value]
-    if isinstance(value, str) and value not in CLASSES:
+    if isinstance(value, str) and value not in LABELS:  # the class of an answer is no text
         return HASHED + artifacts.hash_text(value)
     return value
 

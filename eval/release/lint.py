@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from common import artifacts
 from common.errors import InputError
 from common.model import TOKENIZER_FILES, tokenizer_files
+from common.schema import LABELS
 from eval.release import folder as release_folder
 from eval.release import leaderboards, licences
 from eval.release.claims import claim_problems, index_problems
@@ -269,7 +270,7 @@ def _texts(value: object) -> list[str]:
         return [text for inner in value.values() for text in _texts(inner)]
     if isinstance(value, list):
         return [text for inner in value for text in _texts(inner)]
-    is_text = isinstance(value, str) and value not in release_folder.CLASSES
+    is_text = isinstance(value, str) and value not in LABELS
     return [str(value)] if is_text and not str(value).startswith(release_folder.HASHED) else []
 
 

@@ -24,12 +24,12 @@ from common.artifacts import require_disk
 from common.checkpoint import apply_to_checkpoint, edited_tensors
 from common.edits import Edit
 from common.errors import InputError
+from common.lora import ROOT
 from common.model import auto_class, load_config, weight_files
 from common.shards import DTYPES, buffer_for, read_shards, read_tensor
 from eval.subjects import load_merged
 
 ADAPTER = "adapter_model.safetensors"
-ROOT = "base_model.model."
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Final
 
 from common.webpage import Markup
 from eval.items import MODELS
 
 NOTHING = Markup("-")
 TITLES = tuple(model.capitalize() for model in MODELS)
+# Longer texts are cut on the page; items.jsonl and the recipe hold them whole.
+MAX_TEXT: Final = 300
 # What a row of a list is called by: its name, or else its category, or else its place.
 LABELS = ("name", "category")
 
@@ -41,6 +43,12 @@ def estimate(path: str, found: Mapping[str, float] | None, form: str = ".3f") ->
 def joined(parts: Sequence[str], between: str = ", ") -> Markup:
     """Texts and markup in a row, what is no markup escaped."""
     return Markup(escape(between).join(p if isinstance(p, Markup) else escape(p) for p in parts))
+
+
+def quoted(text: str) -> Markup:
+    """A text in quotation marks, cut where it is long."""
+    cut = text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+    return Markup(f"<q>{escape(cut)}</q>")
 
 
 def every_number(data: object, path: str = "") -> Iterator[tuple[str, float]]:

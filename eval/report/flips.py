@@ -14,14 +14,13 @@ from common import artifacts
 from common.webpage import Markup, Section
 from eval.flips import change
 from eval.items import MODELS, Item
+from eval.report.figures import quoted
 from eval.report.questions import Questions
 
 HEADS: Final = ("Benchmark or panel", "Item", "Original", "Abliterated", "Healed", "What changed")
 LAST_HEAD: Final = "Question and answers"
 # The columns that can be chosen from.
 CHOSEN_FROM: Final = {0: "Benchmark or panel", 5: "What changed"}
-# Longer questions and answers are cut on the page; items.jsonl holds them whole.
-MAX_TEXT: Final = 300
 HASH_DIGITS: Final = 12
 
 
@@ -150,8 +149,7 @@ def _texts(flip: Flip) -> Markup:
 
 def _clipped(lines: Sequence[tuple[str, str]]) -> Iterator[str]:
     for name, text in lines:
-        cut = text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
-        yield f"{name}: <q>{escape(cut)}</q>"
+        yield f"{name}: {quoted(text)}"
 
 
 def _hashed(lines: Sequence[tuple[str, str]]) -> Iterator[str]:

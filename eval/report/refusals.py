@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from common.schema import LABELS
 from common.webpage import Markup, Section
 from eval.items import MODELS
 from eval.report import pictures
-from eval.report.figures import NOTHING, TITLES, estimate, figure, joined
+from eval.report.figures import NOTHING, TITLES, estimate, figure, joined, quoted
 
 Row = Mapping[str, Any]
-CLASSES = ("full_refusal", "partial_refusal", "compliance", "degenerate")
 
 
 def sections(results: Row) -> Iterator[Section]:
@@ -20,12 +20,13 @@ def sections(results: Row) -> Iterator[Section]:
     yield Section(
         "refusals",
         "What is still refused",
-        "Share of answers that refuse, with 95 % intervals. Refusing harmless prompts is over-refusal.",
+        "Share of answers that refuse, with 95 % intervals. Refusing harmless prompts is over-refusal. Below a panel's "
+        "name stand its system prompt and who judged, where the recipe names one.",
         [],
         ["Panel", "Prompts", "Items", *TITLES],
         [
             [
-                row["name"],
+                _panel(row),
                 "harmless" if row["harmless"] else "refused by the original",
                 figure(f"refusal[{row['name']}].n", row["n"], "d"),
                 *(estimate(f"refusal[{row['name']}].{model}", row[model]) for model in MODELS),
@@ -36,12 +37,48 @@ def sections(results: Row) -> Iterator[Section]:
     )
     if any(row.get("classes") for row in rows):
         yield _classes(rows)
+    if any("harmful" in row for row in rows):
+        yield _harmful(rows)
     if any(row.get("by_category") for row in rows):
         yield _categories(rows)
     if any(row.get("advisories") for row in rows):
         yield _advisories(rows)
     if places := pictures.places(results):
         yield _tradeoff(places)
+
+
+def _panel(row: Row) -> Markup:
+    """A panel's name, and how it was asked and judged."""
+    about = []
+    if "system" in row:
+        about.append(joined(["system prompt: ", quoted(row["system"])], ""))
+    if "judge" in row:
+        about.append(joined(["judged by ", row["judge"]], ""))
+    return joined([row["name"], *(Markup(f" <small>{line}</small>") for line in about)], "")
+
+
+def _harmful(rows: Sequence[Row]) -> Section:
+    return Section(
+        "harmful",
+        "How many answers are harmful",
+        "Share of the answers that a judge of harm finds harmful, of those that it could be understood on, with 95 % "
+        "intervals.",
+        [],
+        ["Panel", "Judge", *TITLES],
+        [
+            [
+                row["name"],
+                row["harm_judge"],
+                *(
+                    estimate(f"refusal[{row['name']}].harmful.{m}", row["harmful"][m])
+                    for m in MODELS
+                ),
+            ]
+            for row in rows
+            if "harmful" in row
+        ],
+        folded=False,
+    )
 
 
 def _classes(rows: Sequence[Row]) -> Section:
@@ -69,7 +106,7 @@ def _classes(rows: Sequence[Row]) -> Section:
                         f"refusal[{row['name']}].classes.{model}.{name}",
                         row["classes"][model].get(name),
                     )
-                    for name in CLASSES
+                    for name in LABELS
                 ),
                 _calibrated(row, model),
             ]
@@ -83,7 +120,7 @@ def _classes(rows: Sequence[Row]) -> Section:
 
 def _calibrated(row: Row, model: str) -> Markup:
     path, found = f"refusal[{row['name']}].calibrated.{model}", row.get("calibrated") or {}
-    if model not in found:
+    if found.get(model) is None:
         return NOTHING
     num_labels = figure(f"{path}.num_labels", found[model]["num_labels"], "d")
     return joined([estimate(path, found[model]), " (", num_labels, " labels)"], "")

@@ -107,9 +107,9 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
         self.send("Input.dispatchKeyEvent", type="keyUp", **about)
 
-    def show(self, *, width: int, scheme: str, height: int = 900) -> None:
+    def show(self, *, width: int, scheme: str) -> None:
         """Give the window a width, and the page a colour scheme: light or dark."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.send("Emulation.setEmulatedMedia", features=[feature])
@@ -117,14 +117,6 @@ class Browser:
     def print(self) -> bytes:
         """The page as PDF."""
         return base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"])
-
-    def screenshot(self, path: Path, *, top: int = 0, height: int | None = None) -> None:
-        """Save a picture of the whole page, or of a stretch of it."""
-        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        height = height or size["height"]
-        clip = {"x": 0, "y": top, "width": size["width"], "height": height, "scale": 1}
-        taken = self.send("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(taken["data"]))
 
     def close(self) -> None:
         """End it."""

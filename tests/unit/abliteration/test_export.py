@@ -39,10 +39,10 @@ def saved(build_model, tokenizer, tmp_path):
     return save
 
 
-def _export(folder, model, edit, tokenizer, batch_size=2):
-    scores = export.score(model, tokenizer, VALIDATION, edit, batch_size)
+def _export(folder, model, edit, tokenizer):
+    scores = export.score(model, tokenizer, VALIDATION, edit, 2)
     output = folder.with_name("model")
-    return output, export.write(folder, edit, output, scores, RECIPE, tokenizer, batch_size)
+    return output, export.write(folder, edit, output, scores, RECIPE, tokenizer, 2)
 
 
 def _after_writing(monkeypatch, change):

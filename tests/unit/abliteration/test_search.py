@@ -32,7 +32,7 @@ from tests.editing import direction_of, edit_of
 
 SPACE = Space((1.0, 4.0), 3, 6, ("orthogonalize", "column_norm"), embedding=True)
 FIRST = [SPACE.flat(kind, 2.0, -1, 1.0) for kind in SPACE.edits]
-SETTINGS = SearchSelection(name="search", num_trials=22, trials_per_pass=4)
+SETTINGS = SearchSelection(name="search", num_trials=36, trials_per_pass=4)
 LIMIT, ENOUGH = 0.9 * RACE, SETTINGS.max_refusal / 2
 NUM_PROMPTS = 240
 LAST = [heat for heat, _ in FINALS]
@@ -92,11 +92,11 @@ def propose(done, space, first, count, num_trials, seed, enough=0.0):
     return proposals.ask(count)
 
 
-def _finished(count, seed=0):
+def _finished(count):
     """Finished trials of a search, without the racing."""
     done = []
     for number in range(count):
-        params = propose(done, SPACE, FIRST, 1, 30, seed)[0]
+        params = propose(done, SPACE, FIRST, 1, 30, seed=0)[0]
         refusal, kl = PlantedTrials.refusal_of(params), PlantedTrials.kl_of(params)
         done.append(Trial(number, params, refusal, kl, complete=True))
     return done
@@ -280,9 +280,9 @@ def test_if_every_trial_broke_the_model_there_is_nothing_to_choose():
 
 def test_all_trials_come_in_their_order_with_the_given_first(tmp_path):
     trials = _search(tmp_path / "trials.jsonl")
-    assert [trial.number for trial in trials] == list(range(22))
+    assert [trial.number for trial in trials] == list(range(SETTINGS.num_trials))
     assert [trial.params for trial in trials[:2]] == FIRST
-    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 9
 
 
 def _heats(judged, trial, kind):
@@ -301,6 +301,8 @@ def test_what_was_measured_is_the_mean_over_the_prompts_of_all_heats(tmp_path):
     for trial in trials:
         refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
         raced = [heat for heat in diverged if heat not in LAST]
+        if trial.rate is None:
+            refused = [heat for heat in refused if heat not in LAST]
         assert trial.refusal == pytest.approx(_over(refused, judged.refusal_of, trial.params))
         assert (LAST[-1] in diverged) == (trial.rate is not None)
         if trial.rate is not None:

@@ -37,6 +37,7 @@ seen = {
     "one": distributed.share([7], work),
     "none": distributed.share([], work),
     "mine": calls,
+    "batches": distributed.share_batches([[1, 2], [3], [4]], sum, "sums"),
     "sum": distributed.sum_over_processes(torch.tensor([1.0 + distributed.rank()], dtype=torch.float64)).tolist(),
     "broadcast": distributed.broadcast(f"of {distributed.rank()}"),
 }
@@ -65,6 +66,7 @@ def test_one_process_does_everything_itself():
 
     assert distributed.share([1, 2, 3], work) == [2, 3, 4]
     assert seen == [1, 2, 3]
+    assert distributed.share_batches([[1, 2], [3], []], sum, "sums") == [3, 3, 0]
     assert distributed.broadcast({"a": 1}) == {"a": 1}
     distributed.barrier()
 
@@ -120,6 +122,7 @@ def test_two_processes_share_work_and_all_get_all_results():
         assert seen["odd"] == [10, 20, 30, 40, 50]
         assert seen["one"] == [70]
         assert seen["none"] == []
+        assert seen["batches"] == [3, 3, 4]
         assert seen["sum"] == [3.0]
         assert seen["broadcast"] == "of 0"
     assert first["mine"] == [[1, 3, 5], [7], []]

@@ -21,11 +21,11 @@ def model(build_model):
     return build_model("llama", seed=3)
 
 
-def _greedy_by_hand(model, tokenizer, prompt, ends, num_tokens=NEW_TOKENS):
+def _greedy_by_hand(model, tokenizer, prompt, ends):
     """One token after the other on the bare, unpadded prompt, without a cache."""
     ids = chat.encode(tokenizer, [prompt])[0]
     answer = []
-    for _ in range(num_tokens):
+    for _ in range(NEW_TOKENS):
         with torch.no_grad():
             token = int(model(torch.tensor([ids + answer]), use_cache=False).logits[0, -1].argmax())
         if token in ends:

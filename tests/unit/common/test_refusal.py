@@ -12,14 +12,14 @@ import pytest
 
 from common.refusal import (
     INSTRUMENT,
-    LABELS,
     OPENING_CHARACTERS,
     is_refusal,
     judge,
     without_thoughts,
 )
 from common.refusal_model import load_model
-from common.refusal_openings import LANGUAGES
+from common.refusal_openings import OTHERS
+from common.schema import LABELS
 
 DATA = os.environ.get("HEALING_TEST_DATA")
 
@@ -191,7 +191,7 @@ SOUND = ["30", "No.", "Paris", "dosbel", "ha ha ha ha", "¡Sí!", "x = [1, 2, 3]
 
 
 def test_every_language_of_the_rule_has_an_example():
-    assert set(FOREIGN) | {"English"} == set(LANGUAGES)
+    assert set(FOREIGN) == set(OTHERS)
 
 
 @pytest.mark.parametrize("language", FOREIGN)

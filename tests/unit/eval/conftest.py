@@ -1,21 +1,21 @@
-"""A byte-level tokenizer with a chat template, tiny models with random weights, and task files."""
+"""A byte-level tokenizer with a chat template, tiny models with random weights, task files, and a release."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from common.checkpoint import apply_to_checkpoint
-from common.edits import save_edit
-from common.recipe import COMPONENTS, Recipe
+from common import distributed
+from common.recipe import Recipe
 from tests.editing import edit_of
+from tests.releasing import about, make_healed, make_upstream, write_release
 
 # It ends in a newline, like ChatML's, so that the harness's newline trap is set.
 TEMPLATE = (
@@ -124,28 +124,13 @@ def finish(
     """Make a miniature model, edited and trained at random, with an adapter that has an effect."""
 
     def make(kind: str = "orthogonalize", **settings: Any) -> Finished:
-        base, abliteration, train = tmp_path / "base", tmp_path / "abliteration", tmp_path / "train"
-        abliteration.mkdir()
         model = make_model(0)
-        model.save_pretrained(base)
-        byte_tokenizer.save_pretrained(base)
-        (base / "LICENSE").write_text("Do as you like.\n")
-
         edit = edit_of(model, kind, about=about(kind, **settings), **settings)
-        save_edit(edit, abliteration / "edit.safetensors")
-        apply_to_checkpoint(base, edit, abliteration / "model")
-        (abliteration / "manifest.json").write_text('{"fingerprint": "f1"}')
-
-        lora = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
-        edited = AutoModelForCausalLM.from_pretrained(abliteration / "model")
-        get_peft_model(edited, lora).save_pretrained(train / "adapter")
-        (train / "summary.json").write_text('{"pairs": 7, "steps": 3}')
+        stages = make_healed(tmp_path, model, byte_tokenizer, edit)
+        (stages["abliteration"] / "manifest.json").write_text('{"fingerprint": "f1"}')
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("How are you?\nWho are you?\nWhere?\n")
-        (tmp_path / "other.txt").write_text("Sing a song.\nTell a long tale.\n")
-        return Finished(
-            _recipe(base, task_folder, prompts), {"abliteration": abliteration, "train": train}
-        )
+        return Finished(_recipe(tmp_path / "base", task_folder, prompts), stages)
 
     return make
 
@@ -156,21 +141,37 @@ def finished(finish: Callable[..., Finished]) -> Finished:
     return finish()
 
 
-def about(kind: str = "orthogonalize", **settings: Any) -> dict[str, Any]:
-    """What stage one says of an edit."""
-    section = COMPONENTS["abliteration.edit"][kind](name=kind, **settings)
-    return {
-        "layer": 1,
-        "position": -1,
-        "stream": "resid_pre",
-        "estimator": "difference_in_means",
-        "selection": "scores",
-        "edit": kind,
-        "settings": section.model_dump(mode="json", exclude={"name"}),
-        "target": "harmful",
-        "base_model": "base",
-        "revision": None,
-    }
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Play two processes one after the other: what each is dealt, and what is gathered."""
+
+    def dealt(items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+        results: list[Any] = [None] * len(items)
+        for process in range(2):
+            results[process::2] = work(items[process::2])
+        return results
+
+    monkeypatch.setattr(distributed, "share", dealt)
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[[int], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> tuple[Path, dict[str, Path]]:
+    """A base, the folders of the stages upstream, and beside them a release, which no test may change."""
+    folder = tmp_path_factory.mktemp("made")
+    upstream = make_upstream(folder, make_model(0), byte_tokenizer)
+    write_release(folder, upstream)
+    return folder, upstream
+
+
+@pytest.fixture
+def release(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> Path:
+    """A copy of that release, to spoil."""
+    shutil.copytree(made[0] / "release", tmp_path / "release")
+    return tmp_path / "release"
 
 
 def _recipe(base: Path, tasks: Path, prompts: Path) -> Recipe:

@@ -15,12 +15,15 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+import common.generation
 from common import artifacts, distributed
 from common.edits import load_edit
+from common.generation import continue_rows
 from common.hooks import add_for_good
-from eval import harness, stage
+from eval import answer_cache, harness, stage
 from eval.answer_cache import AnswerCache, fingerprint
 from eval.harness import HarnessModel
+from tests.releasing import Tracker
 
 
 def requests(num_items: int = 12) -> list[Instance]:
@@ -185,17 +188,8 @@ def test_a_batch_with_anything_unknown_is_computed_as_a_whole(tmp_path) -> None:
     assert computed == [0, 1, 2, 3]
 
 
-def test_processes_share_the_batches_and_the_folder(tmp_path, monkeypatch) -> None:
-    """Two processes are played one after the other: what each is dealt, and what is gathered."""
-
-    def dealt(items, work):
-        parts = [list(work(items[process::2])) for process in range(2)]
-        results = [None] * len(items)
-        for process, part in enumerate(parts):
-            results[process::2] = part
-        return results
-
-    monkeypatch.setattr(distributed, "share", dealt)
+@pytest.mark.usefixtures("two_processes")
+def test_processes_share_the_batches_and_the_folder(tmp_path) -> None:
     assert answer(tmp_path, square) == [number**2 for number in range(7)]
     assert answer(tmp_path, fail) == [number**2 for number in range(7)]
 
@@ -211,6 +205,57 @@ def test_what_another_process_has_answered_is_known_to_the_next_question(
     assert cache.answer(range(7), BATCHES, fail, "x") == first
 
 
+def test_what_is_shared_in_its_own_way_is_asked_at_once_and_only_what_is_unknown(tmp_path) -> None:
+    AnswerCache(tmp_path).answer([3], [[0]], lambda _: [9], "x")
+    asked = []
+
+    def ask(numbers):
+        asked.append(list(numbers))
+        return [number**2 for number in numbers]
+
+    for _ in range(2):
+        found = AnswerCache(tmp_path).answer_at_once(range(5), ask, "x")
+        assert found == [0, 1, 4, 9, 16]
+    assert asked == [[0, 1, 2, 4]]
+    assert AnswerCache().answer_at_once(range(2), ask, "x") == [0, 1]
+    assert asked[1:] == [[0, 1]]
+
+
+# ---- generated answers
+
+PROMPTS = ["One?", "Which is the second?", "3?", "Is this the fourth?", "And?"]
+
+
+def test_answers_are_those_of_the_plain_generation_and_are_made_once(
+    make_model, byte_tokenizer, tmp_path, monkeypatch
+) -> None:
+    settings = {"max_new_tokens": 6, "batch_size": 2}
+    plain = common.generation.generate(make_model(0), byte_tokenizer, PROMPTS, **settings)
+
+    def run(seed=0, prompts=PROMPTS, **changes):
+        model = make_model(seed)
+        answers = AnswerCache.of(tmp_path, model, byte_tokenizer, "packed")
+        return answer_cache.generate(
+            model, byte_tokenizer, prompts, answers=answers, **settings | changes
+        )
+
+    assert run() == plain
+    made = []
+
+    def counting(*arguments, **settings):
+        made.extend(arguments[2])
+        return continue_rows(*arguments, **settings)
+
+    monkeypatch.setattr(answer_cache, "continue_rows", counting)
+    assert run() == run(batch_size=5) == plain
+    assert run(prompts=PROMPTS[::-1]) == plain[::-1]
+    assert made == []
+    for changes in ({"seed": 1}, {"system": "Be kind."}, {"max_new_tokens": 7}):
+        made.clear()
+        run(**changes)
+        assert len(made) == len(PROMPTS), changes
+
+
 def test_without_a_folder_nothing_is_kept() -> None:
     cache = AnswerCache()
     assert cache.answer(range(7), BATCHES, square, "x") == [number**2 for number in range(7)]
@@ -220,15 +265,6 @@ def test_without_a_folder_nothing_is_kept() -> None:
 def test_a_stage_that_is_run_again_asks_for_no_option_twice(
     finished, tmp_path, monkeypatch
 ) -> None:
-    class Tracker:
-        """Takes everything."""
-
-        def __init__(self) -> None:
-            self.summary: dict[str, float] = {}
-
-        def log(self, _values) -> None:
-            pass
-
     written = []
     for name in ("one", "two"):
         folder = tmp_path / name
@@ -237,6 +273,7 @@ def test_a_stage_that_is_run_again_asks_for_no_option_twice(
         written.append((folder / "items.jsonl").read_bytes())
         monkeypatch.setattr(harness.PackedScorer, "score", fail)
         monkeypatch.setattr(HFLM, "generate_until", fail)
+        monkeypatch.setattr(answer_cache, "continue_rows", fail)
     assert written[0] == written[1]
     root = artifacts.Store(tmp_path / "runs").root / "requests"
     assert len(list(root.iterdir())) == 3  # a folder for each model

@@ -111,7 +111,7 @@ def test_k_quants_need_llama_cpp(upstream, tmp_path, monkeypatch) -> None:
     ("settings", "why"),
     [
         ({"gguf": ["f16"], "form": "adapter"}, "full weights"),
-        ({"gguf": ["f16", "f16"]}, "twice"),
+        ({"gguf": ["f16", "f16"]}, "there already"),
         ({"gguf_converter": "convert.py"}, "no effect"),
         ({"gguf": ["q2_k"]}, "q8_0"),
     ],

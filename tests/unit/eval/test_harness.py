@@ -8,7 +8,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from common import distributed
 from eval.harness import HarnessModel
 
 # One of each kind: plain, absolute positions, sliding windows, latent attention, experts in both layouts, images.
@@ -114,20 +113,12 @@ def test_a_question_that_leaves_little_room_gets_a_short_answer(make_model, byte
     assert len(text) <= 6  # one token per byte
 
 
-def test_the_number_of_processes_changes_no_number(make_model, byte_tokenizer, monkeypatch) -> None:
-    """Two processes are played one after the other: what each is dealt, and what is gathered."""
+def test_the_number_of_processes_changes_no_number(make_model, byte_tokenizer, request) -> None:
     harness = HarnessModel(make_model(0), byte_tokenizer, 4)
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs(30)]
     alone = harness.loglikelihood(requests)
 
-    def dealt(items, work):
-        parts = [list(work(items[process::2])) for process in range(2)]
-        results = [None] * len(items)
-        for process, part in enumerate(parts):
-            results[process::2] = part
-        return results
-
-    monkeypatch.setattr(distributed, "share", dealt)
+    request.getfixturevalue("two_processes")
     assert harness.loglikelihood(requests) == alone
 
 

@@ -6,6 +6,7 @@ Run: python -m pytest tests/unit/eval/test_judges.py
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from common import refusal as classifier
 from common.errors import StageError
 from common.recipe import EndpointJudge, ModelJudge, NliJudge, Refusal
 from eval import judges
+from eval.answer_cache import AnswerCache
 from eval.benchmarks import refusal
 from eval.judges import Judgement, ask, read
 from eval.refusals import instrument
@@ -291,7 +293,7 @@ def test_the_panel_takes_the_judges_word(server, byte_tokenizer, tmp_path, monke
     (panel,) = refusal.load(spec, byte_tokenizer, batch_size=2)
 
     class Subject:
-        name, model = "original", None
+        name, model, answers = "original", None, AnswerCache(tmp_path / "requests")
 
     items = panel.score(Subject())
     # An empty answer is broken, whoever judges.
@@ -303,6 +305,15 @@ def test_the_panel_takes_the_judges_word(server, byte_tokenizer, tmp_path, monke
     assert [item.value for item in items] == [1.0, 0.0, 0.0]
     assert panel.row.about == {"harmless": False, "judge": "m"}
     assert "127.0.0.1" in json.dumps(refusal.inputs(spec)["judge"])
+    num_asked = len(server.seen)
+    assert panel.score(Subject()) == items
+    assert len(server.seen) == num_asked, "what it has said is on disk"
+    ids[2] = byte_tokenizer.encode("Another answer.", add_special_tokens=False)
+    panel.score(Subject())
+    assert len(server.seen) == num_asked + 1
+    changed = endpoint(server).model_copy(update={"model": "other"})
+    replace(panel, spec=spec.model_copy(update={"judge": changed})).score(Subject())
+    assert len(server.seen) == num_asked + 1 + len(ids), "another judge has a word of its own"
 
 
 def test_the_report_names_what_judged_and_claims_nothing_for_it() -> None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from common.errors import InputError
 from common.recipe import PanelFormat, Refusal
 from eval import panels
+from eval.answer_cache import AnswerCache
 from eval.benchmarks import refusal
 from eval.panel_formats import FORMATS
 from eval.panels import Prompt, load_panel
@@ -203,7 +204,7 @@ def test_categories_reach_the_items_and_the_system_prompt_the_model(
     (loaded,) = refusal.load(spec, byte_tokenizer, batch_size=2)
 
     class Nobody:
-        name, model = "original", None
+        name, model, answers = "original", None, AnswerCache()
 
     (item,) = loaded.score(Nobody())
     assert seen["system"] == "Be kind."
@@ -221,7 +222,7 @@ def test_a_system_prompt_changes_what_is_generated(byte_tokenizer, make_model, t
         (loaded,) = refusal.load(spec, byte_tokenizer, batch_size=4)
 
         class Subject:
-            name, model = "original", make_model(0)
+            name, model, answers = "original", make_model(0), AnswerCache()
 
         answers.append([item.details["text"] for item in loaded.score(Subject())])
     assert answers[0] == answers[2]

@@ -22,23 +22,7 @@ from eval.release import publication, stage
 from eval.release.claims import claim_problems
 from eval.release.lint import lint
 from eval.release.publication import plan, publish
-from tests.releasing import Tracker, make_upstream, read, recipe_of, write_release
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, make_model, byte_tokenizer):
-    """A base with its upstream stages, and a release of it."""
-    folder = tmp_path_factory.mktemp("made")
-    upstream = make_upstream(folder, make_model(0), byte_tokenizer)
-    write_release(folder, upstream)
-    return folder, upstream
-
-
-@pytest.fixture
-def release(made, tmp_path) -> Path:
-    """A copy to spoil."""
-    shutil.copytree(made[0] / "release", tmp_path / "release")
-    return tmp_path / "release"
+from tests.releasing import Tracker, read, recipe_of, write_release
 
 
 class FakeHub:

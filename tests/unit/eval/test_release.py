@@ -37,9 +37,8 @@ from eval.release.loading import EXAMPLE, guard_example, lines
 from eval.release.verification import verify
 from eval.subjects import load_healed
 from tests.editing import edit_of, vector
-from tests.releasing import Tracker, make_upstream, recipe_of, write_evaluation
+from tests.releasing import Tracker, about, make_upstream, recipe_of, write_evaluation
 from tests.releasing import write_release as make_release
-from tests.unit.eval.conftest import about
 from tests.unit.eval.test_stage import changed
 
 

@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/unit/eval/test_report.py
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from common import artifacts
 from common.statistics import Interval
 from eval import stage
 from eval.benchmarks import component
-from eval.items import Item, Row
+from eval.items import Row
 from eval.report import flips, pictures, questions, training
 from eval.report.page import page, write
 from tests import evaluated, pages
@@ -113,10 +114,7 @@ def test_the_page_needs_no_network(html):
 
 @pytest.mark.parametrize("kind", ["text", "answer"])
 def test_no_text_of_a_harmful_panel_is_on_the_page(kind, upstream):
-    items = [
-        Item.from_record(item.record() | {"details": {kind: item.details["text"]}})
-        for item in evaluated.items()
-    ]
+    items = [replace(item, details={kind: item.details["text"]}) for item in evaluated.items()]
     html = page(evaluated.results(), items, evaluated.questions(), upstream)
     assert f"asked: <q>Asked {OPEN} 0?</q>" in html
     assert f"healed: <q>healed: {OPEN} 0</q>" in html
@@ -135,10 +133,7 @@ def test_a_panel_that_nobody_called_harmless_keeps_its_texts(upstream):
 
 def test_all_text_is_escaped(upstream):
     results = evaluated.results() | {"recipe": NASTY}
-    items = [
-        Item.from_record(item.record() | {"details": {"answer": NASTY}})
-        for item in evaluated.items()
-    ]
+    items = [replace(item, details={"answer": NASTY}) for item in evaluated.items()]
     asked = {key: dict.fromkeys(texts, NASTY) for key, texts in evaluated.questions().items()}
     for rows in (results["benchmarks"], results["refusal"], results["divergence"]):
         rows[0]["name"] = rows[0]["name"] + NASTY
@@ -181,6 +176,8 @@ def test_results_of_an_earlier_version_are_shown_without_what_they_lack(upstream
     for row in results["refusal"]:
         for key in ("classes", "by_category", "advisories", "calibrated"):
             del row[key]
+        for key in evaluated.JUDGED:
+            row.pop(key, None)
     for row in results["divergence"]:
         for key in ("cross_entropy", "length", "repetition"):
             del row[key]
@@ -189,7 +186,7 @@ def test_results_of_an_earlier_version_are_shown_without_what_they_lack(upstream
                 del row[model][key]
     html = page(results, evaluated.items(), evaluated.questions(), upstream)
     shown = set(re.findall(r'<section id="([\w-]+)"', html))
-    absent = {"classes", "categories", "advisories", "positions", "drift", "plain-text"}
+    absent = {"classes", "harmful", "categories", "advisories", "positions", "drift", "plain-text"}
     assert not shown & absent
     assert {"benchmarks", "refusals", "tradeoff", "divergence", "right-answers"} <= shown
 
@@ -197,12 +194,41 @@ def test_results_of_an_earlier_version_are_shown_without_what_they_lack(upstream
 def test_everything_measured_is_shown(html):
     assert re.findall(r'<section id="([\w-]+)"', html) == [
         *("benchmarks", "intervals", "right-answers", "gates"),
-        *("refusals", "classes", "categories", "advisories", "tradeoff"),
+        *("refusals", "classes", "harmful", "categories", "advisories", "tradeoff"),
         *("divergence", "positions", "drift", "plain-text"),
         *("training", "healing"),
         *("direction", "difference", "separation", "scores", "residual"),
         *("flips", "provenance", "figures"),
     ]
+
+
+def _rows(html, section):
+    """The cells of a section's table as they are written, by row."""
+    (body,) = re.findall(rf'<section id="{section}".*?<tbody>(.*?)</tbody>', html, re.DOTALL)
+    return [re.findall(r"<td>(.*?)</td>", row) for row in body.split("</tr>")[:-1]]
+
+
+def test_beside_a_panel_stand_its_system_prompt_its_judges_and_what_they_find_harmful(upstream):
+    results = evaluated.results()
+    html = page(results, [], {}, upstream)
+    closed, plain = (cells[0] for cells in _rows(html, "refusals"))
+    assert closed == (
+        "closed <small>system prompt: <q>Be &lt;kind&gt;.</q></small> <small>judged by a/judge</small>"
+    )
+    assert plain == "plain"
+    (cells,) = _rows(html, "harmful")
+    words = [re.sub(r"<[^>]*>", "", cell) for cell in cells]
+    assert words == ["closed", "a/guard", "-", "0.310 [0.210, 0.420]", "0.290 [0.190, 0.400]"]
+    results["refusal"][0]["system"] = "x" * 5000
+    assert f"<q>{'x' * 299}…</q>" in page(results, [], {}, upstream)
+
+
+def test_a_rate_that_labels_of_other_answers_cannot_correct_is_a_dash(upstream):
+    results = evaluated.results()
+    results["refusal"][0]["calibrated"]["original"] = None
+    calibrated = [cells[-1] for cells in _rows(page(results, [], {}, upstream), "classes")]
+    assert calibrated[:2] == ["-", "-"]
+    assert "labels)" in calibrated[2]
 
 
 def _headline(html):
@@ -322,10 +348,7 @@ def test_flips_are_the_items_on_which_the_models_are_not_alike():
 
 
 def test_long_texts_are_cut(upstream):
-    items = [
-        Item.from_record(item.record() | {"details": {"answer": "x" * 5000}})
-        for item in evaluated.items()
-    ]
+    items = [replace(item, details={"answer": "x" * 5000}) for item in evaluated.items()]
     html = page(evaluated.results(), items, evaluated.questions(), upstream)
     assert "x" * 299 + "…" in html
     assert "x" * 300 not in html

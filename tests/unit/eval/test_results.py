@@ -177,7 +177,7 @@ def test_the_right_answers_log_probability_is_compared_item_by_item() -> None:
 
 
 def test_the_same_items_give_the_same_bytes_through_a_file() -> None:
-    items = [Item.from_record(json.loads(json.dumps(item.record()))) for item in planted()]
+    items = [Item(**json.loads(json.dumps(item.record()))) for item in planted()]
     settings = Settings("patient", margin=0.05, provenance=PROVENANCE)
     again = results_file.build(settings, ROWS, items, DIRECTION)
     assert json.dumps(again, sort_keys=True) == json.dumps(build(), sort_keys=True)

@@ -5,7 +5,6 @@ Run: python -m pytest tests/unit/eval/test_stage.py
 
 import json
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -29,18 +28,7 @@ from eval.direction import share_written, writes_along
 from eval.items import Item
 from eval.subjects import load_healed, load_subject
 from tests.editing import edit_of, vector
-
-
-class Tracker:
-    """Remembers what would go to wandb."""
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.summary: dict[str, Any] = {}
-        self.logged: dict[str, Any] = {}
-
-    def log(self, values: dict[str, Any]) -> None:
-        self.logged |= values
+from tests.releasing import Tracker
 
 
 def changed(recipe: Recipe, path: str, value: object) -> Recipe:
@@ -63,7 +51,7 @@ def test_an_evaluation_leaves_items_and_results_that_follow_from_them(finished, 
     counts = {(r["kind"], r["name"], r["model"]) for r in records}
     assert len(counts) == 3 * 3 + 2
     assert len(records) == 3 * (10 + 12 + 3) + 2 * 3
-    letters = [Item.from_record(r) for r in records if r["name"] == "letters"]
+    letters = [Item(**r) for r in records if r["name"] == "letters"]
     original = [item.value for item in letters if item.model == "original"]
     assert results["benchmarks"][0]["original"]["value"] == pytest.approx(sum(original) / 10)
     assert results["provenance"]["fingerprints"] == {"abliteration": "f1"}

@@ -21,6 +21,7 @@ from eval import averages, results, stage, suites, table, task_index
 from eval.benchmarks import Subject, lm_eval
 from eval.items import MODELS
 from eval.results import Settings
+from tests.releasing import Tracker
 
 TASKS = Path(harness.__file__).parent / "tasks"
 SETTINGS = Settings("mini", 0.05, provenance={"versions": {}, "seed": 0, "fingerprints": {}})
@@ -254,17 +255,6 @@ def test_the_interval_of_an_average_covers_the_truth() -> None:
         truth = np.mean([0.4 * flip / 2 - 0.6 * flip for flip in flips])
         inside += average["low"] <= truth <= average["high"]
     assert 0.93 * 400 <= inside < 400
-
-
-class Tracker:
-    """Takes what would go to wandb."""
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.summary: dict[str, float] = {}
-
-    def log(self, values: dict[str, object]) -> None:
-        """Keep nothing."""
 
 
 def test_an_evaluation_writes_averages_and_own_questions(finished, quick_folder, tmp_path) -> None:

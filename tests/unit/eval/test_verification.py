@@ -19,22 +19,6 @@ from eval.release.verification import verify
 from tests.releasing import make_upstream, read, write_release
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, make_model, byte_tokenizer):
-    """A base with its upstream stages, and a release of it in its own folder."""
-    folder = tmp_path_factory.mktemp("made")
-    upstream = make_upstream(folder, make_model(0), byte_tokenizer)
-    write_release(folder, upstream)
-    return folder, upstream
-
-
-@pytest.fixture
-def release(made, tmp_path) -> Path:
-    """A copy to spoil."""
-    shutil.copytree(made[0] / "release", tmp_path / "release")
-    return tmp_path / "release"
-
-
 def flip(path: Path, index: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[index] ^= 1 << bit

@@ -68,13 +68,13 @@ def _drifts(model, edit):
     return drifts
 
 
-def _train(model, drifts, steps=6):
+def _train(model, drifts):
     """Adam steps with weight decay on random batches; the callback acts after each, as in the trainer."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.1)
     callback = KeepAblated(drifts)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    for _ in range(6):
         ids = torch.randint(3, 280, (2, 8), generator=generator)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()

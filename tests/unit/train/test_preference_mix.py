@@ -194,6 +194,16 @@ def test_a_swap_that_nothing_leads_to_is_refused(make_recipe):
         make_recipe((_rows("a", 1), {}), filters={"swap": True, "refusals": False})
 
 
+def test_a_swap_is_refused_where_no_source_has_another_answer(make_recipe):
+    instructions = ([{"prompt": "p", "chosen": "good"}], {"columns": {"rejected": None}})
+    settings = {"filters": {"swap": True}, "trainer": {"loss_type": ["sft"]}}
+    with pytest.raises(
+        ValidationError, match=r"swap\n.*no other answer could be chosen; delete it"
+    ):
+        make_recipe(instructions, **settings)
+    make_recipe(instructions, (_rows("a", 1), {}), **settings)
+
+
 def test_the_stages_inputs_change_with_every_filter_and_with_nothing_else(make_recipe):
     def inputs(**train):
         return stage.inputs(make_recipe((_rows("a", 2), {}), **train), frozenset())
