@@ -12,14 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Short stages for tests that ask about the machinery, not about quality.
-SHORT = (
+FEW_PROMPTS = (
     "train.preferences.0.prompts.slice=0:64",
     "train.anchors.0.prompts.slice=0:64",
     "train.anchors.1.prompts.slice=0:32",
-    "train.trainer.max_steps=12",
+    "train.anchors.2.prompts.slice=0:32",
     "train.trainer.logging_steps=1",
     "eval.accept={}",
 )
+SHORT = (*FEW_PROMPTS, "train.trainer.max_steps=12")
 
 
 class Done(NamedTuple):

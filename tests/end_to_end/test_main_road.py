@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.edits import component_along, edited_writers, load_edit
 from common.model import load_model
-from tests.road import ROOT, SHORT, Demo, Launch, environment
+from tests.road import FEW_PROMPTS, ROOT, SHORT, Demo, Launch, environment
 
 STAGES = ("abliteration", "train", "eval", "release")
 
@@ -216,7 +216,7 @@ def test_a_training_killed_midway_ends_with_the_same_adapter(
     demo: Demo, launch: Launch, tmp_path: Path
 ) -> None:
     steps = ("train.trainer.max_steps=40", "train.trainer.save_steps=8")
-    arguments = (*SHORT[:3], *SHORT[4:], *steps, "tracking.mode=disabled", "--until", "train")
+    arguments = (*FEW_PROMPTS, *steps, "tracking.mode=disabled", "--until", "train")
     store = demo.runs / ".store"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for runs in (whole, killed):
