@@ -21,7 +21,7 @@ demo: setup
 SMALL := tests/unit tests/browser tests/end_to_end/test_bad_input.py
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(SMALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/distributed tests/end_to_end $(SMALL:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/distributed tests/end_to_end $(SMALL:%=--ignore=%)
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

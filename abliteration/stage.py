@@ -35,6 +35,8 @@ VERSION = 6
 MAX_BASELINE_PROMPTS = 128
 MAX_TRIAL_PROMPTS = 64
 MAX_HARMLESS_PROMPTS = 288
+# Fewer harmless prompts of validation than these are filled up with those that the direction was computed on.
+FEW_HARMLESS_PROMPTS = 96
 # Beside the candidate that the scores chose, so many of the next best begin a search.
 NUM_NEAREST = 3
 
@@ -263,10 +265,15 @@ def _take_fixed(ground: Ground, findings: Findings) -> Choice:
 
 
 def _harmless_to_search_on(ground: Ground, validation: PromptSet) -> list[str]:
-    """Prompts of validation first; those that the direction was computed on behind them: few know what is lost."""
+    """Prompts of validation first; behind them, where they are few, some that the direction was computed on.
+
+    Those flatter: on the patient, whose validation set is small, 240 of them let every trial seem to diverge half as
+    much as on prompts it had never seen.
+    """
     drawn = sample(validation.harmless, MAX_HARMLESS_PROMPTS, ground.recipe.seed)
     rest = [prompt for prompt in ground.estimation.harmless if prompt not in set(drawn)]
-    return [*drawn, *sample(rest, MAX_HARMLESS_PROMPTS - len(drawn), ground.recipe.seed)]
+    missing = max(FEW_HARMLESS_PROMPTS - len(drawn), 0)
+    return [*drawn, *sample(rest, missing, ground.recipe.seed)]
 
 
 def _search(

@@ -37,13 +37,6 @@ pytest_plugins = ["tests.road"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest --dist loadgroup`: one process runs all that share the demo, and a file's tests stay together."""
-    for item in items:
-        shares_demo = "demo" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("demo" if shares_demo else item.path.stem))
-
-
 BOS, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 # One beginning-of-sequence token; behind the words four: end, newline, assistant, newline.
 TEMPLATE = (
