@@ -32,8 +32,8 @@ RACE = 0.25
 RANDOM_SHARE = 0.15
 # The prompts of each heat: all trials run in the first, those in the next that are not beaten by then.
 HEATS = (slice(0, 4), slice(4, 16), slice(16, 64))
-# Prompts that only finalists are measured on, and how many of them: those of the heats have been searched on, a
-# hundred times.
+# Harmless prompts that only finalists are measured on, and how many of them: those of the heats have been searched on,
+# a hundred times.
 FINALS = ((slice(64, 192), 12), (slice(192, None), 6))
 # The divergence, in nats per token, that stands for one that was not measured: more than any model has.
 BEHIND = 100.0
@@ -194,22 +194,17 @@ def search(
 def judge(
     trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float, together: int
 ) -> list[Trial]:
-    """Measure the finalists on more prompts, and let the best of them answer the harmful ones."""
+    """Measure the finalists on more harmless prompts, and let the best of them answer the harmful ones."""
     heats, last = list(HEATS), finalists(done, enough)
     for final, num_finalists in FINALS:
         heats.append(final)
-        edits = [make_edit(trial.params) for trial in last[:num_finalists]]
-        refusals, kls = trials.refusal(edits, final), trials.divergence(edits, final)
+        last = last[:num_finalists]
+        further = trials.divergence([make_edit(trial.params) for trial in last], final)
         tokens = [trials.num_answer_tokens(heat) for heat in heats]
-        seen = trials.num_harmful_prompts(slice(final.start))
+        kls = [(*trial.kls, kl) for trial, kl in zip(last, further, strict=True)]
         last = [
-            replace(
-                trial,
-                refusal=(seen * trial.refusal + sum(further)) / (seen + len(further)),
-                kls=(*trial.kls, kl),
-                kl=_weighted((*trial.kls, kl), tokens),
-            )
-            for trial, further, kl in zip(last, refusals, kls, strict=False)
+            replace(trial, kls=each, kl=_weighted(each, tokens))
+            for trial, each in zip(last, kls, strict=True)
         ]
         last.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
     for first in range(0, len(last), together):

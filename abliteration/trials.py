@@ -119,10 +119,6 @@ class Trials:
         summed = self._over_prompts(edits, lengths, measure, prompts)
         return [sum(sums) / num_tokens for sums in summed]
 
-    def num_harmful_prompts(self, prompts: slice = EVERY) -> int:
-        """How many prompts the probability of a refusal is the mean over."""
-        return len(self.harmful[prompts])
-
     def num_answer_tokens(self, prompts: slice = EVERY) -> int:
         """How many tokens a divergence is the mean of."""
         return sum(len(answer) for _, answer in self.harmless[prompts])

@@ -70,9 +70,6 @@ class PlantedTrials:
         part = range(NUM_PROMPTS)[prompts]
         return [sum(self.kl_of(edit, p) for p in part) / max(len(part), 1) for edit in edits]
 
-    def num_harmful_prompts(self, prompts):
-        return len(range(NUM_PROMPTS)[prompts])
-
     def num_answer_tokens(self, prompts):
         return len(range(NUM_PROMPTS)[prompts])
 
@@ -301,8 +298,6 @@ def test_what_was_measured_is_the_mean_over_the_prompts_of_all_heats(tmp_path):
     for trial in trials:
         refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
         raced = [heat for heat in diverged if heat not in LAST]
-        if trial.rate is None:
-            refused = [heat for heat in refused if heat not in LAST]
         assert trial.refusal == pytest.approx(_over(refused, judged.refusal_of, trial.params))
         assert (LAST[-1] in diverged) == (trial.rate is not None)
         if trial.rate is not None:
@@ -372,24 +367,8 @@ def test_fewer_and_fewer_finalists_are_measured_on(tmp_path):
     judged = PlantedTrials()
     judge(judged, trials, dict, 0.01, together=2)
     for heat, num_finalists in FINALS:
-        for measure in ("refusal", "divergence"):
-            measured = [edit for edit, on in judged.asked[measure] if on == heat]
-            assert measured == [trial(number).params for number in range(num_finalists)]
-
-
-def test_a_finalist_who_refuses_on_the_prompts_of_the_last_heats_is_found_out():
-    class Hiding(PlantedTrials):
-        def refusal(self, edits, prompts):
-            found = super().refusal(edits, prompts)
-            return [[0.9] * len(each) for each in found] if prompts in LAST else found
-
-    params = SPACE.flat("orthogonalize", 3.0, -1, 1.0)
-    known = Trial(0, params, 0.004, 0.1, (0.1,) * len(HEATS), complete=True)
-    (judged,) = judge(Hiding(), [known], dict, 0.01, together=2)
-    seen = HEATS[-1].stop
-    assert judged.refusal == pytest.approx(
-        (seen * 0.004 + (NUM_PROMPTS - seen) * 0.9) / NUM_PROMPTS
-    )
+        measured = [edit for edit, on in judged.asked["divergence"] if on == heat]
+        assert measured == [trial(number).params for number in range(num_finalists)]
 
 
 def test_the_luck_of_the_prompts_that_were_searched_on_is_seen_on_more(tmp_path):
@@ -507,9 +486,9 @@ def test_a_finished_search_measures_only_finalists_again(tmp_path):
     trials = _search(journal)
     judged = PlantedTrials()
     assert _search(journal, judged) == trials
-    for measure in ("refusal", "divergence"):
-        assert judged.asked[measure]
-        assert all(heat in LAST for _, heat in judged.asked[measure])
+    assert judged.asked["refusal"] == []
+    assert judged.asked["divergence"]
+    assert all(heat in LAST for _, heat in judged.asked["divergence"])
 
 
 def test_searches_of_two_seeds_differ(tmp_path):
