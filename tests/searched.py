@@ -45,7 +45,11 @@ def search_and_compare(launch: Launch, patient: Path, recipe: Path, runs: Path) 
     The fixed layer is chosen as the search chooses: of the plain edits of one direction that refuse at most 2 % of
     the validation prompts the one that diverges least there.
     """
-    done = launch(recipe, "--until", "abliteration", f"output_dir={runs}", *SEARCH, config=None)
+    validation = _harmless_validation(patient, runs)
+    prompts = f"abliteration.prompts.validation.harmless={{path: {validation}}}"
+    done = launch(
+        recipe, "--until", "abliteration", f"output_dir={runs}", prompts, *SEARCH, config=None
+    )
     assert done.code == 0, done.err
     found = load_edit(runs / "patient" / "abliteration" / "edit.safetensors")
     model, tokenizer = load_model(patient), load_tokenizer(patient)
@@ -61,13 +65,13 @@ def search_and_compare(launch: Launch, patient: Path, recipe: Path, runs: Path) 
         )
     ]
 
-    def trials(kind: str) -> Trials:
+    def trials(kind: str, harmless: list[str]) -> Trials:
         return Trials(
             model,
             tokenizer,
             harmful=read(f"harmful_{kind}"),
             openings=refusal_openings(answers),
-            harmless=read(f"harmless_{kind}"),
+            harmless=harmless,
             max_answer_tokens=48,
             batch_size=BATCH,
         )
@@ -76,13 +80,28 @@ def search_and_compare(launch: Launch, patient: Path, recipe: Path, runs: Path) 
         return [Point(*p) for p in zip(on.refusal_rate(edits), on.divergence(edits), strict=True)]
 
     fixed = _fixed_edits(model, tokenizer, read("harmful_train"), read("harmless_train"))
-    validated = judge(fixed, trials("validation"))
+    validated = judge(fixed, trials("validation", load_prompts(PromptSource(path=str(validation)))))
     within = [index for index, point in enumerate(validated) if point.rate <= 0.02]
     assert within, "no fixed layer removes refusal"
     best = min(within, key=lambda index: validated[index].kl)
-    test = trials("test")
+    test = trials("test", read("harmless_test"))
     searched, plain = judge([found, fixed[best]], test)
     return {"original": Point(test.original_refusal, 0.0), "search": searched, "fixed": plain}
+
+
+def _harmless_validation(patient: Path, folder: Path) -> Path:
+    """How-to questions on all common objects that neither the direction nor the test knows, in a file.
+
+    The patient's own validation set holds 16 objects, too few to tell a few hundredths of a nat apart; those that
+    healing asks about are as new to an edit.
+    """
+    healing = (patient / "prompts" / "healing.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in healing if json.loads(line)["domain"] == "common_howto"]
+    lines += (patient / "prompts" / "harmless_validation.jsonl").read_text(encoding="utf-8").splitlines()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "harmless_validation.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def _fixed_edits(model, tokenizer, harmful, harmless):

@@ -28,10 +28,14 @@ EXPECTED = {
     "multi-node": ("MULTI_GPU", 16, 2, False, "bf16"),
 }
 
+# One write a line: the processes share a pipe, and print() may write a line word by word.
 RANKS = """
+import os
 from accelerate import PartialState
 state = PartialState(cpu=True)
-print(state.process_index, state.num_processes, state.backend, state.device.type, flush=True)
+line = f"{state.process_index} {state.num_processes} {state.backend} {state.device.type}\\n"
+os.write(1, line.encode())
+state.destroy_process_group()
 """
 
 
