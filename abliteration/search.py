@@ -34,12 +34,12 @@ RANDOM_SHARE = 0.15
 HEATS = (slice(0, 4), slice(4, 16), slice(16, 64))
 # Harmless prompts that only finalists are measured on, and how many of them: those of the heats have been searched on,
 # a hundred times.
-FINALS = ((slice(64, 192), 12), (slice(192, None), 6))
+FINALS = ((slice(64, 128), 12), (slice(128, 192), 6), (slice(192, None), 3))
 # The divergence, in nats per token, that stands for one that was not measured: more than any model has.
 BEHIND = 100.0
 # A trial is beaten by one that diverges less than this share of it on the same prompts. A few tokens make most of
 # the divergence, so that a few prompts tell little.
-MARGINS = (0.25, 0.5)
+MARGINS = (0.35, 0.65)
 
 Params = Mapping[str, Any]
 MakeEdit = Callable[[Params], Edit]

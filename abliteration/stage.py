@@ -30,7 +30,7 @@ from common.recipe import Add, Recipe
 from common.stored_writers import open_checkpoint, placed_writers
 from common.tracking import table
 
-VERSION = 6
+VERSION = 7
 # How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
 MAX_TRIAL_PROMPTS = 64

@@ -99,9 +99,11 @@ def main() -> None:
         picked = trials[:: max(1, len(trials) // options.plain)][: options.plain]
         _, seconds = time_plain(subject, picked[part::ROUNDS], make_edit, PLAIN_TOKENS)
         theirs.append(seconds)
-    ended, theirs_ended = time_plain(subject, picked, make_edit, min_new_tokens=0)
-    ranks = {} if options.random else rank(subject, picked, ended, judged, make_edit)
     medians = [statistics.median(seconds) for seconds in (ours, theirs)]
+    theirs_ended, ranks = medians[1], {}
+    if not options.random:  # random weights end no answer, and rank nothing
+        ended, theirs_ended = time_plain(subject, picked, make_edit, min_new_tokens=0)
+        ranks = rank(subject, picked, ended, judged, make_edit)
     report(subject, judged, trials, *medians, theirs_ended, ranks)
 
 
@@ -111,7 +113,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="runs/patient-model")
     parser.add_argument("--random", action="store_true", help="a random-weight Qwen2 of 100M")
     parser.add_argument("--trials", type=int, default=96)
-    parser.add_argument("--together", type=int, default=4, help="trials in one forward pass")
+    together = SearchSelection(name="search").trials_per_pass
+    parser.add_argument(
+        "--together", type=int, default=together, help="trials in one forward pass"
+    )
     parser.add_argument("--plain", type=int, default=16, help="how many are also done plainly")
     return parser.parse_args()
 
@@ -254,6 +259,9 @@ def rank(
 ) -> dict[str, float]:
     """How alike both ways rank the same settings, every one of them measured to the end here too.
 
+    Refusal below half of what a search allows counts as none, as in the search: a hundred prompts that are all answered
+    do not tell a probability of 1e-3 from one of 1e-6.
+
     The next token's divergence is another quantity than that of whole answers, so ours is also held against whole
     answers to the prompts that the plain way reads.
     """
@@ -268,8 +276,9 @@ def rank(
         batch_size=PLAIN_PROMPTS,
     )
     divergence = judged.divergence(edits)
-    refusal = [sum(each) / len(each) for each in judged.refusal(edits)]
-    rates, next_token = zip(*plain, strict=True)
+    none = SearchSelection(name="search").max_refusal / 2
+    refusal = [max(sum(each) / len(each), none) for each in judged.refusal(edits)]
+    rates, next_token = zip(*((max(rate, none), kl) for rate, kl in plain), strict=True)
     return {
         "spearman_refusal": float(spearmanr(refusal, rates).statistic),
         "spearman_kl_next_token": float(spearmanr(divergence, next_token).statistic),

@@ -53,8 +53,9 @@ def answer_logits(
     answers: Sequence[Sequence[int]],
     pad_id: int,
 ) -> list[Tensor]:
-    """As `trainable_answer_logits`, without gradients."""
-    return trainable_answer_logits(model, prompts, answers, pad_id, model.device)
+    """As `trainable_answer_logits`, without gradients: one tensor [answer length, vocab] per row."""
+    logits = trainable_answer_logits(model, prompts, answers, pad_id, model.device)
+    return list(logits.split([len(answer) for answer in answers]))
 
 
 def trainable_answer_logits(
@@ -63,7 +64,7 @@ def trainable_answer_logits(
     answers: Sequence[Sequence[int]],
     pad_id: int,
     device: torch.device,
-) -> list[Tensor]:
+) -> Tensor:
     """The logits that predict each token of each answer, in one forward pass.
 
     Args:
@@ -74,20 +75,24 @@ def trainable_answer_logits(
         device: where the model computes.
 
     Returns:
-        One tensor [answer length, vocab] per row.
+        [answer tokens, vocab], answer after answer.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     ids, mask = chat.pad_left(rows, pad_id, device)
-    longest = max(len(answer) for answer in answers)
+    lengths = [len(answer) for answer in answers]
     # With the padding in front all answers end in the last column, so only these columns need logits.
-    logits = model(
+    logits: Tensor = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=chat.positions(mask),
         use_cache=False,
-        logits_to_keep=longest + 1,
+        logits_to_keep=max(lengths) + 1,
     ).logits
-    return [logits[row, -len(answer) - 1 : -1] for row, answer in enumerate(answers)]
+    last = logits.shape[1] - 1
+    columns = torch.cat([torch.arange(last - length, last) for length in lengths])
+    rows_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+    # In one piece: the gradient of a slice is as large as what it was cut from, once for every row.
+    return logits[rows_of.to(logits.device), columns.to(logits.device)]
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

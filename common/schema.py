@@ -376,7 +376,7 @@ class SearchSelection(_ByScores):
         "the points below it the one that diverges least is taken.",
     )
     trials_per_pass: Count = Field(
-        default=4, description="Trials that share a forward pass, each on rows of its own."
+        default=6, description="Trials that share a forward pass, each on rows of its own."
     )
     answer_tokens: Count = Field(
         default=32, description="Tokens of each harmless answer that divergence is measured on."

@@ -234,7 +234,7 @@ def anchor_loss(
         A scalar: the sum over all answer tokens, in nats.
     """
     prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
-    scored = torch.cat(trainable_answer_logits(model, prompts, answers, pad_id, device))
+    scored = trainable_answer_logits(model, prompts, answers, pad_id, device)
     top_ids = torch.cat([row.top_ids for row in rows]).to(device)
     top_logps = torch.cat([row.top_logps for row in rows]).to(device)
     return anchored_divergence(scored, top_ids, top_logps).sum()

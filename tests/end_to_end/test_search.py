@@ -12,15 +12,14 @@ from tests.searched import search_and_compare, trials_of
 
 
 @pytest.mark.slow
-def test_a_search_is_no_worse_than_the_best_fixed_layer_on_unseen_prompts(
+def test_a_search_diverges_less_than_the_best_fixed_layer_on_unseen_prompts(
     launch: Launch, patient: Path, patient_recipe: Path, tmp_path: Path
 ) -> None:
     points = search_and_compare(launch, patient, patient_recipe, tmp_path / "runs")
     assert points["original"].rate >= 0.95
     assert points["search"].rate <= 0.02
     assert points["search"].rate <= points["fixed"].rate
-    # With 48 prompts to choose by, the last tenth is luck of the patient at hand.
-    assert points["search"].kl <= 1.1 * points["fixed"].kl
+    assert points["search"].kl < points["fixed"].kl
     trials = trials_of(tmp_path / "runs")
     assert len(trials) == 96
     # The race: not everybody was measured to the end, and only finalists answered prompts.

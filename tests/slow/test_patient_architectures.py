@@ -36,4 +36,5 @@ def test_it_reaches_the_levels_and_a_search_beats_the_best_fixed_layer(
     points = search_and_compare(launch, folder, recipe, tmp_path / "runs")
     assert points["original"].rate >= 0.95
     assert points["search"].rate <= 0.02
+    assert points["search"].rate <= points["fixed"].rate
     assert points["search"].kl < points["fixed"].kl
