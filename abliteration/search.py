@@ -37,9 +37,9 @@ HEATS = (slice(0, 4), slice(4, 16), slice(16, 64))
 FINALS = ((slice(64, 128), 12), (slice(128, 192), 6), (slice(192, None), 3))
 # The divergence, in nats per token, that stands for one that was not measured: more than any model has.
 BEHIND = 100.0
-# A trial is beaten by one that diverges less than this share of it on the same prompts. A few tokens make most of
-# the divergence, so that a few prompts tell little.
-MARGINS = (0.35, 0.65)
+# After each heat a trial is beaten by one that diverges less than this share of it on the same prompts. A few tokens
+# make most of the divergence, so that a few prompts tell little.
+MARGINS = (0.35, 0.65, 0.65, 0.8, 0.9)
 
 Params = Mapping[str, Any]
 MakeEdit = Callable[[Params], Edit]
@@ -188,33 +188,45 @@ def search(
             _append(journal, done[-count:])
         bar.update(count)
     bar.close()
-    return judge(trials, done, make_edit, enough, settings.trials_per_pass)
+    return judge(trials, done, make_edit, enough)
 
 
-def judge(
-    trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float, together: int
-) -> list[Trial]:
-    """Measure the finalists on more harmless prompts, and let the best of them answer the harmful ones."""
+def judge(trials: Trials, done: Sequence[Trial], make_edit: MakeEdit, enough: float) -> list[Trial]:
+    """Measure the finalists on more harmless prompts, and let them answer the harmful ones until one will do."""
     heats, last = list(HEATS), finalists(done, enough)
+    out: list[Trial] = []
     for final, num_finalists in FINALS:
+        near = _in_reach(last, enough)[:num_finalists]
+        out = [*(trial for trial in last if trial not in near), *out]
+        if len(near) == 1:  # nothing is left to be told apart
+            last = near
+            break
         heats.append(final)
-        last = last[:num_finalists]
-        further = trials.divergence([make_edit(trial.params) for trial in last], final)
+        further = trials.divergence([make_edit(trial.params) for trial in near], final)
         tokens = [trials.num_answer_tokens(heat) for heat in heats]
-        kls = [(*trial.kls, kl) for trial, kl in zip(last, further, strict=True)]
+        kls = [(*trial.kls, kl) for trial, kl in zip(near, further, strict=True)]
         last = [
             replace(trial, kls=each, kl=_weighted(each, tokens))
-            for trial, each in zip(last, kls, strict=True)
+            for trial, each in zip(near, kls, strict=True)
         ]
-        last.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
-    for first in range(0, len(last), together):
-        part = slice(first, first + together)
-        rates = trials.refusal_rate([make_edit(trial.params) for trial in last[part]])
-        last[part] = [replace(t, rate=rate) for t, rate in zip(last[part], rates, strict=True)]
-        if min(rates) <= 2 * enough:  # answers take the most time, and the rest diverge more
-            break
+        last.sort(key=_order(enough))
     judged = {trial.number: trial for trial in last}
+    for trial in [*last, *out][: FINALS[0][1]]:
+        (rate,) = trials.refusal_rate([make_edit(trial.params)])
+        judged[trial.number] = replace(trial, rate=rate)
+        if rate <= 2 * enough:  # answers take the most time, and the rest diverge more
+            break
     return [judged.get(trial.number, trial) for trial in done]
+
+
+def _in_reach(finalists: Sequence[Trial], enough: float) -> list[Trial]:
+    """Those of sorted finalists that the first has not beaten."""
+    return [
+        trial
+        for trial in finalists
+        if finalists[0].refusal > enough
+        or MARGINS[len(trial.kls) - 1] * (trial.kl or 0.0) <= (finalists[0].kl or 0.0)
+    ]
 
 
 def finalists(done: Sequence[Trial], enough: float) -> list[Trial]:
@@ -228,8 +240,12 @@ def finalists(done: Sequence[Trial], enough: float) -> list[Trial]:
         for trial in done
         if trial.complete and _is_measured(trial) and trial.refusal <= 2 * enough
     ]
-    near.sort(key=lambda trial: (trial.refusal > enough, trial.kl, trial.number))
-    return near or front(done, enough)
+    return sorted(near, key=_order(enough)) or front(done, enough)
+
+
+def _order(enough: float) -> Callable[[Trial], tuple[bool, float, int]]:
+    """Who refuses little comes first, and of those who diverges least."""
+    return lambda trial: (trial.refusal > enough, trial.kl or 0.0, trial.number)
 
 
 class Proposals:

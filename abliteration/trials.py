@@ -16,7 +16,7 @@ from abliteration.openings import refusal_log_odds
 from common import chat, distributed
 from common.architecture import find_writers
 from common.branches import Branches, continuation_logps, plan
-from common.divergence import answer_logits, batches, kl_divergence
+from common.divergence import answer_logits, batches, kl_to_each
 from common.edits import Edit
 from common.errors import StageError
 from common.generation import continue_rows, generate
@@ -108,9 +108,16 @@ class Trials:
             )
             expected = torch.cat([self.expected[index] for index in part])
             # One trial at a time: in float32 a whole vocabulary at every token takes room.
+            by_token = kl_to_each(
+                expected,
+                (
+                    torch.cat(logits[first : first + len(part)])
+                    for first in range(0, len(logits), len(part))
+                ),
+            )
+            counts = [len(self.harmless[index][1]) for index in part]
             by_trial = [
-                _sum_by_answer(expected, logits[first : first + len(part)], answers)
-                for first in range(0, len(logits), len(part))
+                torch.stack([answer.sum() for answer in each.split(counts)]) for each in by_token
             ]
             return list(torch.stack(by_trial, dim=1))
 
@@ -194,14 +201,6 @@ class Trials:
             for index, row in zip(batch, rows, strict=True):
                 logits[index] = row.clone()
         return logits
-
-
-def _sum_by_answer(
-    expected: Tensor, logits: Sequence[Tensor], answers: Sequence[Sequence[int]]
-) -> Tensor:
-    """The KL of each answer's tokens, summed: [answers]."""
-    by_token = kl_divergence(expected, torch.cat(list(logits)), torch.float32)
-    return torch.stack([part.sum() for part in by_token.split([len(each) for each in answers])])
 
 
 def is_settled(text: str) -> bool:

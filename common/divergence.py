@@ -4,13 +4,16 @@ The first token's divergence alone is zero wherever every answer opens alike, so
 teacher-forced: both models read the same text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common import chat
+
+# A logit that no model has and no sum overflows with: 0 times -inf is no number.
+RULED_OUT = -1e30
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -29,6 +32,28 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, dtype: torch.dtype = torch
     q = torch.log_softmax(q_logits.to(dtype), dim=-1)
     terms = torch.where(p.isneginf(), torch.zeros_like(p), p.exp() * (p - q))
     return terms.sum(dim=-1).clamp_min(0.0)
+
+
+def kl_to_each(p_logits: Tensor, q_logits: Iterable[Tensor]) -> Iterator[Tensor]:
+    """KL(p || q) for one q after another, in float32: what p alone decides is computed once.
+
+    Args:
+        p_logits: [..., vocab].
+        q_logits: tensors of that shape.
+
+    Returns:
+        For each [...] in nats, never negative. A token that p rules out contributes nothing, one that only q rules
+        out makes it enormous.
+    """
+    p = _log_softmax(p_logits)
+    weights = p.exp()
+    for q in q_logits:
+        yield torch.einsum("...v,...v->...", weights, p - _log_softmax(q)).clamp_min(0.0)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32, with a large number for infinity: 0 times infinity is no number."""
+    return torch.log_softmax(logits.float().clamp_min(RULED_OUT), dim=-1)
 
 
 def surprisal(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def _harmless_validation(patient: Path, folder: Path) -> Path:
     """
     healing = (patient / "prompts" / "healing.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [line for line in healing if json.loads(line)["domain"] == "common_howto"]
-    lines += (patient / "prompts" / "harmless_validation.jsonl").read_text(encoding="utf-8").splitlines()
+    lines += (
+        (patient / "prompts" / "harmless_validation.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "harmless_validation.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

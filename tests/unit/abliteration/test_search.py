@@ -299,9 +299,8 @@ def test_what_was_measured_is_the_mean_over_the_prompts_of_all_heats(tmp_path):
         refused, diverged = (_heats(judged, trial, kind) for kind in ("refusal", "divergence"))
         raced = [heat for heat in diverged if heat not in LAST]
         assert trial.refusal == pytest.approx(_over(refused, judged.refusal_of, trial.params))
-        assert (LAST[-1] in diverged) == (trial.rate is not None)
-        if trial.rate is not None:
-            raced = diverged
+        assert trial.rate is None or raced == list(HEATS)
+        raced = diverged
         assert len(trial.kls) == len(raced)
         for heat, kl in zip(raced, trial.kls, strict=True):
             assert kl == pytest.approx(_over([heat], judged.kl_of, trial.params))
@@ -336,15 +335,40 @@ def test_who_still_refuses_is_measured_no_further_and_only_finalists_answer(tmp_
 def test_answers_are_generated_until_one_finalist_will_do():
     judged = PlantedTrials()
     strong = SPACE.flat("orthogonalize", 3.0, -1, 1.5)  # refuses .01 of the prompts
-    trials = [Trial(n, strong, 0.005, 0.1 + n, (0.1 + n,) * 3, complete=True) for n in range(6)]
-    found = judge(judged, trials, dict, 0.01, together=2)
-    assert [trial.rate for trial in found] == [0.01, 0.01, None, None, None, None]
     weak = SPACE.flat("orthogonalize", 1.0, -1, 0.5)
-    trials = [replace(trial, params=weak) for trial in trials]
-    rates = [trial.rate for trial in judge(judged, trials, dict, 0.01, together=2)]
-    _, num_last = FINALS[-1]
-    assert all(rate > 0.02 for rate in rates[:num_last])
-    assert rates[num_last:] == [None] * (6 - num_last)
+    trials = [Trial(n, weak, 0.005, 0.1 + n, (0.1 + n,) * 3, complete=True) for n in range(20)]
+    trials[4] = replace(trials[4], params=strong)
+    rates = [trial.rate for trial in judge(judged, trials, dict, 0.01)]
+    assert all(rate > 0.02 for rate in rates[:4])
+    assert rates[4:] == [0.01] + [None] * 15
+    trials[4] = replace(trials[4], params=weak)
+    rates = [trial.rate for trial in judge(judged, trials, dict, 0.01)]
+    assert all(rate > 0.02 for rate in rates[: FINALS[0][1]])
+    assert rates[FINALS[0][1] :] == [None] * (20 - FINALS[0][1])
+
+
+def test_finalists_that_are_beaten_are_measured_no_further():
+    def trial(number, kl):
+        params = SPACE.flat("orthogonalize", 3.0, -1, 1.0 + 0.001 * number)
+        return Trial(number, params, 0.005, kl, (kl,) * 3, complete=True)
+
+    def heats(ratio):
+        class Constant(PlantedTrials):
+            def divergence(self, edits, prompts):
+                return [
+                    1.0 if edit == trial(0, 1.0).params else ratio
+                    for edit, _ in zip(edits, super().divergence(edits, prompts), strict=True)
+                ]
+
+        judged = Constant()
+        judge(judged, [trial(0, 1.0), trial(1, ratio)], dict, 0.01)
+        return [heat for _, heat in judged.asked["divergence"]]
+
+    first, second, third = MARGINS[-3:]
+    assert heats(1.01 / first) == []
+    assert heats(0.99 / first) == [LAST[0]] * 2
+    assert heats(0.99 / second) == [LAST[0]] * 2 + [LAST[1]] * 2
+    assert heats(0.99 / third) == [heat for heat in LAST for _ in range(2)]
 
 
 def test_finalists_are_those_who_refuse_little_and_diverge_least():
@@ -368,7 +392,7 @@ def test_fewer_and_fewer_finalists_are_measured_on(tmp_path):
 
     trials = [trial(number) for number in reversed(range(20))]
     judged = PlantedTrials()
-    judge(judged, trials, dict, 0.01, together=2)
+    judge(judged, trials, dict, 0.01)
     for heat, num_finalists in FINALS:
         measured = [edit for edit, on in judged.asked["divergence"] if on == heat]
         assert measured == [trial(number).params for number in range(num_finalists)]
@@ -383,7 +407,8 @@ def test_the_luck_of_the_prompts_that_were_searched_on_is_seen_on_more(tmp_path)
             return [kl * factor if luck else kl for kl, luck in zip(found, lucky, strict=True)]
 
     trials = _search(tmp_path / "trials.jsonl", Lucky())
-    assert any(trial.params["edit"] == "column_norm" for trial in trials if trial.rate is not None)
+    measured = [trial.params["edit"] for trial in trials if len(trial.kls) > len(HEATS)]
+    assert "column_norm" in measured
     assert choose(trials, 0.02)[0].params["edit"] == "orthogonalize"
 
 
@@ -490,8 +515,8 @@ def test_a_finished_search_measures_only_finalists_again(tmp_path):
     judged = PlantedTrials()
     assert _search(journal, judged) == trials
     assert judged.asked["refusal"] == []
-    assert judged.asked["divergence"]
     assert all(heat in LAST for _, heat in judged.asked["divergence"])
+    assert judged.asked["rate"]
 
 
 def test_searches_of_two_seeds_differ(tmp_path):

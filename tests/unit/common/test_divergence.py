@@ -9,7 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.divergence import answer_logits, batches, kl_divergence, repetition, surprisal
+from common.divergence import (
+    answer_logits,
+    batches,
+    kl_divergence,
+    kl_to_each,
+    repetition,
+    surprisal,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,24 @@ def test_repetition_is_the_share_of_grams_seen_before() -> None:
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
     assert repetition([1, 2, 1, 2], n=2) == pytest.approx(1 / 3)
     assert repetition([1, 1, 1]) == 0.0  # shorter than one gram
+
+
+def test_divergences_from_one_distribution_are_those_of_each_pair_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, *others = (4 * torch.randn(3, 5, 700, generator=generator) for _ in range(4))
+    p[..., 3] = -torch.inf
+    others[0][..., 3] = -torch.inf
+    near = [*others, p + 0.01 * others[1], p]
+    for q, found in zip(near, kl_to_each(p, near), strict=True):
+        expected = kl_divergence(p, q)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    ruled_out = p.clone()
+    ruled_out[..., 4] = -torch.inf
+    (found,) = kl_to_each(p, [ruled_out])
+    assert bool((found > 1e9).all())
+    (broken,) = kl_to_each(p, [torch.full_like(p, torch.nan)])
+    assert bool(broken.isnan().all())
 
 
 def test_answer_logits_predict_each_answer_token_in_batches_as_alone(model) -> None:
