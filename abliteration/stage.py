@@ -34,7 +34,7 @@ VERSION = 7
 # How many prompts of each set are answered to learn how this model refuses, and judged by a search.
 MAX_BASELINE_PROMPTS = 128
 MAX_TRIAL_PROMPTS = 64
-MAX_HARMLESS_PROMPTS = 288
+MAX_HARMLESS_PROMPTS = 256
 # Fewer harmless prompts of validation than these are filled up with those that the direction was computed on.
 FEW_HARMLESS_PROMPTS = 96
 # Beside the candidate that the scores chose, so many of the next best begin a search.

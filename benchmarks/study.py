@@ -1,10 +1,11 @@
 """What a study costs beside separate runs of its trials, and what its own machinery costs.
 
-python benchmarks/study.py [--full] [--patient runs/patient-model]
+python benchmarks/study.py [--full] [--workers 2] [--patient runs/patient-model]
 
 1. A grid over the patient, and the same recipes one by one, each as a command of its own into an empty output folder:
    with --full 2 edit strengths x 6 settings of the healing at full length (an hour on two cores), else 2 x 2 at a
-   twentieth. Runs of each stage and computations of reference log-probabilities are counted, not assumed.
+   twentieth. Runs of each stage and computations of reference log-probabilities are counted, not assumed. The separate
+   runs come one after the other, each with all cores; with --workers N the study is N commands that share the cores.
 2. 200 trials whose stages only pretend, through the real command, store and storage: seconds and memory per trial.
 
 The last line is one JSON object, as in every file of this folder.
@@ -20,6 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A study beside separate runs.")
     parser.add_argument("--full", action="store_true", help="12 trials at full length")
+    parser.add_argument("--workers", type=int, default=1, help="commands at work on the study")
     parser.add_argument("--patient", type=Path, default=ROOT / "runs" / "patient-model")
     return parser.parse_args()
 
@@ -67,7 +71,13 @@ def shared(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         subprocess.run(build, cwd=ROOT, check=True)
     recipe, arguments = write_recipe(folder, options), () if options.full else SHORTER
     began = time.time()
-    log = command(recipe, *arguments, f"output_dir={folder / 'together'}")
+    output = f"output_dir={folder / 'together'}"
+    with ThreadPoolExecutor(options.workers) as pool:
+        started = [
+            pool.submit(command, recipe, *arguments, output, workers=options.workers)
+            for _ in range(options.workers)
+        ]
+        logs = [each.result() for each in started]
     whole = time.time() - began
     study = folder / "together" / "trying"
     # The search alone: what comes after it, separate runs do not do.
@@ -78,9 +88,10 @@ def shared(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for number, trial in enumerate(trials):
         command(trial, f"output_dir={folder / f'apart-{number}'}")
     apart = time.monotonic() - began
-    counts, computed = counted(log)
+    counts, computed = counted(logs)
     return {
-        "shape": f"{len(trials)} trials, {len(STRENGTHS)} edit strengths, {'full' if options.full else 'short'}",
+        "shape": f"{len(trials)} trials, {len(STRENGTHS)} edit strengths, {'full' if options.full else 'short'}, "
+        f"{options.workers} at work",
         "ratio": round(apart / together, 2),
         "bar": round(1 / BAR, 2),
         "study_seconds": round(together, 1),
@@ -108,12 +119,18 @@ def write_recipe(folder: Path, options: argparse.Namespace) -> Path:
     return path
 
 
-def command(recipe: Path, *arguments: str) -> str:
-    """Run the main command up to the evaluation; returns what it logged."""
+def command(recipe: Path, *arguments: str, workers: int = 1) -> str:
+    """Run the main command up to the evaluation on its share of the cores; returns what it logged."""
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
     done = subprocess.run(
         [sys.executable, "train/run.py", str(recipe), *arguments, "--until", "eval"],
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "OMP_NUM_THREADS": threads,
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -124,11 +141,15 @@ def command(recipe: Path, *arguments: str) -> str:
     return done.stderr
 
 
-def counted(log: str) -> tuple[dict[str, int], int]:
+def counted(logs: Sequence[str]) -> tuple[dict[str, int], int]:
     """Runs of each stage in the search, and the trainings in which reference log-probabilities were computed."""
-    search = log.partition("study: confirming")[0]
-    counts = Counter(re.findall(r"^(abliteration|train|eval): running", search, re.MULTILINE))
-    trainings = search.split("train: running")[1:]
+    searches = [log.partition("study: confirming")[0] for log in logs]
+    counts = Counter(
+        stage
+        for search in searches
+        for stage in re.findall(r"^(abliteration|train|eval): running", search, re.MULTILINE)
+    )
+    trainings = [part for search in searches for part in search.split("train: running")[1:]]
     computed = sum("Computing reference log probs" in part for part in trainings)
     return {f"{stage}_runs": counts[stage] for stage in ("abliteration", "train", "eval")}, computed
 

@@ -114,9 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--random", action="store_true", help="a random-weight Qwen2 of 100M")
     parser.add_argument("--trials", type=int, default=96)
     together = SearchSelection(name="search").trials_per_pass
-    parser.add_argument(
-        "--together", type=int, default=together, help="trials in one forward pass"
-    )
+    parser.add_argument("--together", type=int, default=together, help="trials in one forward pass")
     parser.add_argument("--plain", type=int, default=16, help="how many are also done plainly")
     return parser.parse_args()
 
