@@ -1,11 +1,11 @@
 """What a study costs beside separate runs of its trials, and what its own machinery costs.
 
-python benchmarks/study.py [--full] [--workers 2] [--patient runs/patient-model]
+python benchmarks/study.py [--full] [--workers 1] [--patient runs/patient-model]
 
 1. A grid over the patient, and the same recipes one by one, each as a command of its own into an empty output folder:
    with --full 2 edit strengths x 6 settings of the healing at full length (an hour on two cores), else 2 x 2 at a
    twentieth. Runs of each stage and computations of reference log-probabilities are counted, not assumed. The separate
-   runs come one after the other, each with all cores; with --workers N the study is N commands that share the cores.
+   runs come one after the other, each with all cores; the study is two commands (--workers) that share the cores.
 2. 200 trials whose stages only pretend, through the real command, store and storage: seconds and memory per trial.
 
 The last line is one JSON object, as in every file of this folder.
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A study beside separate runs.")
     parser.add_argument("--full", action="store_true", help="12 trials at full length")
-    parser.add_argument("--workers", type=int, default=1, help="commands at work on the study")
+    parser.add_argument("--workers", type=int, default=2, help="commands at work on the study")
     parser.add_argument("--patient", type=Path, default=ROOT / "runs" / "patient-model")
     return parser.parse_args()
 

@@ -7,8 +7,10 @@ import inspect
 import json
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
+from lm_eval import utils as lm_eval_utils
 
 from common.errors import InputError, StageError
 from common.recipe import COMPONENTS, Divergence, LmEval, Recipe, Refusal
@@ -80,6 +82,34 @@ def test_a_second_model_answers_for_itself(byte_tokenizer, make_model, task_fold
     assert [item.answer_logp for item in first] != [item.answer_logp for item in second]
     assert first == again
     assert {item.model for item in second} == {"healed"}
+
+
+def test_a_template_is_compiled_once_for_all_items_and_models(
+    byte_tokenizer, make_model, task_folder, monkeypatch
+) -> None:
+    file = task_folder / "sums.yaml"
+    text = file.read_text()
+    file.write_text(
+        text.replace("doc_to_text: question", 'doc_to_text: "Q: {{question}}"').replace(
+            "doc_to_target: answer", 'doc_to_target: "{{answer}}"'
+        )
+    )
+    compiled = []
+    compile_ = jinja2.Environment.compile
+    monkeypatch.setattr(
+        jinja2.Environment,
+        "compile",
+        lambda self, source, *args, **kwargs: (
+            compiled.append(source) or compile_(self, source, *args, **kwargs)
+        ),
+    )
+    lm_eval_utils.env.from_string.cache_clear()
+    [sums] = lm_eval.load(spec_of(task_folder, "sums"), byte_tokenizer, batch_size=4)
+    for seed in (0, 1):
+        sums.score(subject(make_model(seed)))
+    assert len(sums.documents) > 1
+    assert {"Q: {{question}}", "{{answer}}"} <= set(compiled)
+    assert len(compiled) == len(set(compiled))
 
 
 def test_limit_and_shots_are_those_of_the_recipe(byte_tokenizer, task_folder) -> None:
