@@ -41,7 +41,7 @@ from abliteration.stage import MAX_HARMLESS_PROMPTS, MAX_TRIAL_PROMPTS
 from abliteration.trials import Trials
 from common import chat
 from common.architecture import find_writers
-from common.divergence import kl_divergence
+from common.divergence import kl_to_each
 from common.edits import Edit, apply_to_weights
 from common.model import load_model, load_tokenizer
 from common.prompts import load_prompts
@@ -245,7 +245,8 @@ def plain_trial(
     for writer in find_writers(subject.model):
         writer.weight.copy_(weights[writer.name])
     rate = sum(map(is_refusal, texts)) / len(texts)
-    return rate, float(kl_divergence(base, logits, torch.float32).mean())
+    (divergence,) = kl_to_each(base, [logits])
+    return rate, float(divergence.mean())
 
 
 def rank(

@@ -16,20 +16,19 @@ from common import chat
 RULED_OUT = -1e30
 
 
-def kl_divergence(p_logits: Tensor, q_logits: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) of the distributions over the last axis, in nats.
 
     Args:
         p_logits: [..., vocab].
         q_logits: [..., vocab].
-        dtype: to compute in; float32 is enough to rank by.
 
     Returns:
-        [...] in that type, never negative; a token that p rules out (a logit of -inf) contributes nothing, one that
+        [...] in float64, never negative; a token that p rules out (a logit of -inf) contributes nothing, one that
         only q rules out makes it infinite.
     """
-    p = torch.log_softmax(p_logits.to(dtype), dim=-1)
-    q = torch.log_softmax(q_logits.to(dtype), dim=-1)
+    p = torch.log_softmax(p_logits.to(torch.float64), dim=-1)
+    q = torch.log_softmax(q_logits.to(torch.float64), dim=-1)
     terms = torch.where(p.isneginf(), torch.zeros_like(p), p.exp() * (p - q))
     return terms.sum(dim=-1).clamp_min(0.0)
 
