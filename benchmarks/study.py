@@ -3,9 +3,9 @@
 python benchmarks/study.py [--full] [--workers 1] [--patient runs/patient-model]
 
 1. A grid over the patient, and the same recipes one by one, each as a command of its own into an empty output folder:
-   with --full 2 edit strengths x 6 settings of the healing at full length (an hour on two cores), else 2 x 2 at a
-   twentieth. Runs of each stage and computations of reference log-probabilities are counted, not assumed. The separate
-   runs come one after the other, each with all cores; the study is two commands (--workers) that share the cores.
+   with --full 2 edit strengths x 6 settings of the healing at full length (twenty minutes on two cores), else 2 x 2 at
+   a twentieth. Runs of each stage and computations of reference log-probabilities are counted, not assumed. As many
+   commands (--workers) work on the study as separate runs go on at once, and share the cores in the same way.
 2. 200 trials whose stages only pretend, through the real command, store and storage: seconds and memory per trial.
 
 The last line is one JSON object, as in every file of this folder.
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A study beside separate runs.")
     parser.add_argument("--full", action="store_true", help="12 trials at full length")
-    parser.add_argument("--workers", type=int, default=2, help="commands at work on the study")
+    parser.add_argument("--workers", type=int, default=2, help="commands at work at once")
     parser.add_argument("--patient", type=Path, default=ROOT / "runs" / "patient-model")
     return parser.parse_args()
 
@@ -84,8 +84,18 @@ def shared(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     together = max(link.lstat().st_mtime for link in study.glob("trials/*/eval")) - began
     trials = sorted((study / "trials").glob("*/recipe.yaml"))
     began = time.monotonic()
-    for number, trial in enumerate(trials):
-        command(trial, f"output_dir={folder / f'apart-{number}'}")
+    with ThreadPoolExecutor(options.workers) as pool:
+        alone = [
+            pool.submit(
+                command,
+                trial,
+                f"output_dir={folder / f'apart-{number}'}",
+                workers=options.workers,
+            )
+            for number, trial in enumerate(trials)
+        ]
+        for each in alone:
+            each.result()
     apart = time.monotonic() - began
     counts, computed = counted(logs)
     return {
@@ -118,7 +128,7 @@ def write_recipe(folder: Path, options: argparse.Namespace) -> Path:
     return path
 
 
-def command(recipe: Path, *arguments: str, workers: int = 1) -> str:
+def command(recipe: Path, *arguments: str, workers: int) -> str:
     """Run the main command up to the evaluation on its share of the cores; returns what it logged."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     done = subprocess.run(

@@ -3,6 +3,8 @@
 Run: python -m pytest tests/unit/eval/test_gguf_patient.py
 """
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,9 +40,9 @@ def logits_of(patient, texts, tmp_path, kind):
     return answer_logits(load(tmp_path / "m.gguf", load_config(patient)), *texts)
 
 
-def rounded(patient, dtype):
-    """The patient with its matrices rounded to a type, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(patient).eval()
+def rounded(model, dtype):
+    """The model with its matrices rounded to a type, in float32."""
+    model = copy.deepcopy(model)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -48,29 +50,38 @@ def rounded(patient, dtype):
     return model
 
 
-def test_float16_holds_weights_stored_in_sixteen_bits_within_a_thousandth_of_a_logit(
-    patient, texts, tmp_path
+def furthest(first, second):
+    return float((torch.cat(first) - torch.cat(second)).abs().max())
+
+
+def saved(model, patient, folder):
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(patient).save_pretrained(folder)
+    return folder
+
+
+def test_float16_holds_the_patient_within_a_thousandth_of_a_logit(
+    patient, model, texts, tmp_path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(patient)
-    for dtype, limit in ((torch.float16, 0.0), (torch.bfloat16, 1e-3)):
-        model = rounded(patient, dtype)
-        folder = tmp_path / str(dtype)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        found = torch.cat(logits_of(folder, texts, tmp_path, "f16"))
-        expected = torch.cat(answer_logits(model, *texts))
-        assert float((found - expected).abs().max()) <= limit, dtype
+    assert furthest(logits_of(patient, texts, tmp_path, "f16"), answer_logits(model, *texts)) == 0.0
+    brainfloat = rounded(model, torch.bfloat16)
+    found = logits_of(saved(brainfloat, patient, tmp_path / "bf16"), texts, tmp_path, "f16")
+    assert furthest(found, answer_logits(brainfloat, *texts)) <= 1e-3
 
 
 def test_of_weights_in_float32_the_rounding_of_matrices_is_all_that_float16_costs(
     patient, model, texts, tmp_path
 ) -> None:
-    found = torch.cat(logits_of(patient, texts, tmp_path, "f16"))
-    assert torch.equal(found, torch.cat(answer_logits(rounded(patient, torch.float16), *texts)))
-    expected = torch.cat(answer_logits(model, *texts))
-    # Up to one part in 2048 of each weight is lost, which is more than a thousandth of a logit here.
-    assert 1e-3 < float((found - expected).abs().max()) < 0.05
-    assert float(kl_divergence(expected, found).max()) < 1e-4
+    full = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in full.parameters():
+            weight.mul_(1.0001)  # between two values of float16
+    found = logits_of(saved(full, patient, tmp_path / "full"), texts, tmp_path, "f16")
+    assert furthest(found, answer_logits(rounded(full, torch.float16), *texts)) == 0.0
+    expected = answer_logits(full, *texts)
+    # Up to one part in 2048 of each weight is lost, which may be more than a thousandth of a logit.
+    assert 1e-4 < furthest(found, expected) < 0.05
+    assert float(kl_divergence(torch.cat(expected), torch.cat(found)).max()) < 1e-4
 
 
 def test_eight_bits_cost_less_than_a_hundredth_of_a_nat(patient, model, texts, tmp_path) -> None:
