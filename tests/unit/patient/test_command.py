@@ -140,6 +140,11 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path, capsys):
     assert "qwen3_moe" in capsys.readouterr().err
 
 
+def as_float16(tensor):
+    """The values that float16 holds, in float32."""
+    return tensor.half().float()
+
+
 def test_tuning_is_tried_again_from_the_same_knowledge(monkeypatch):
     """A first attempt that misses a level must leave nothing behind in the second."""
     world = build_world(0)
@@ -170,7 +175,9 @@ def test_tuning_is_tried_again_from_the_same_knowledge(monkeypatch):
     assert build._tune(model, tokenizer, tuning, seed=0, started=0.0) == [REACHED]
     assert len(set(seen)) == 2
     assert model.state_dict().keys() == before.keys()
-    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
+    after = model.state_dict()
+    assert all(torch.equal(tensor, as_float16(tensor)) for tensor in after.values())
+    changed = [n for n, t in after.items() if not torch.equal(t, as_float16(before[n]))]
     assert changed == [f"model.layers.{block}.mlp.down_proj.weight" for block in TUNED_BLOCKS[1]]
 
 

@@ -343,9 +343,10 @@ def test_a_wrong_block_is_never_built(recipe):
 @pytest.mark.parametrize("per_device", [None, 1, 2, 8, 64])
 def test_the_world_size_never_changes_the_global_batch(recipe, world_size, per_device):
     block = {} if per_device is None else {"per_device_train_batch_size": per_device}
-    args = build(with_train(recipe, trainer=block), world_size=world_size)
+    recipe = with_train(recipe, trainer=block, global_batch_size=32)
+    args = build(recipe, world_size=world_size)
     product = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
-    assert product == recipe.train.global_batch_size
+    assert product == 32
 
 
 @pytest.mark.parametrize(
