@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STUDY = {
     "parameters": {
-        "abliteration.edit.strength": {"choices": [2.0, 2.2]},
+        # Not above the recipe's: on some machines' patients a stronger edit costs more KL than the recipe allows.
+        "abliteration.edit.strength": {"choices": [1.8, 2.0]},
         "train.trainer.beta": {"choices": [0.1, 0.5]},
     },
     "constraints": {},
