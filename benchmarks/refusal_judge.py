@@ -1,10 +1,12 @@
 """How well `common.refusal.judge` agrees with people, and how fast it is.
 
-python benchmarks/refusal_judge.py FOLDER [--model NAME ...] [--write]
+python benchmarks/refusal_judge.py FOLDER [--model NAME ...] [--pyrit FILE ...] [--write]
 
 FOLDER holds XSTest's `completions_NAME.csv` (`prompt`, `completion`, `final_label` that two people agreed on). The
-peer is what most tools count: markers of refusal anywhere in the answer. The judge was developed on
-`mistralinstruct` alone; `--write` stores the figures as the instrument's error, which every report then prints.
+peer is what most tools count: markers of refusal anywhere in the answer. Of these models the judge was developed on
+`mistralinstruct` alone. `--pyrit` names refusal sets of PyRIT (`objective`, `assistant_response`, `human_score`), which
+also count an answer to another question as a refusal. `--write` stores the figures as the instrument's error, which
+every report then prints.
 The last line is one JSON object, as in every file of this folder.
 """
 
@@ -51,6 +53,8 @@ def main() -> None:
     total["rate_error"] = max(each["rate_error"] for each in measured.values())
     peer = measure(everything, refusal_by_markers)
     rule = measure(everything, lambda row: refusal.is_refusal(row["completion"]))
+    for path in options.pyrit:
+        print(f"{path.name}: {measure(read_pyrit(path), refusal_by_judge)}")
     print(f"rule alone: {rule}\nmarkers: {peer}\nclasses: {confusion(everything)}")
     if options.write:
         write(total, models)
@@ -67,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model", nargs="+", help="all but the one it was developed on, unless named"
     )
+    parser.add_argument("--pyrit", nargs="+", type=Path, default=[], help="its refusal sets (CSV)")
     parser.add_argument("--write", action="store_true", help="store the figures in the project")
     return parser.parse_args()
 
@@ -75,6 +80,20 @@ def read(path: Path) -> list[dict[str, str]]:
     """The labelled answers of one model."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_pyrit(path: Path) -> list[dict[str, str]]:
+    """The labelled answers of a refusal set of PyRIT, as `read` gives them; comments may stand above the header."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return [
+        {
+            "prompt": row["objective"],
+            "completion": row["assistant_response"],
+            "final_label": "2_full_refusal" if float(row["human_score"]) else "1_full_compliance",
+        }
+        for row in rows
+    ]
 
 
 def refusal_by_judge(row: dict[str, str]) -> bool:
@@ -134,7 +153,7 @@ def write(total: dict[str, Any], models: Sequence[str]) -> None:
     about = {
         "name": "rule or learned judge",
         "measured_on": f"XSTest completions of {' and '.join(models)}, two people each",
-        "developed_on": f"XSTest completions of {DEVELOPED_ON}",
+        "developed_on": f"XSTest completions of {DEVELOPED_ON}; halves of CoCoNot's pairs and of PyRIT's answers",
         "model": sha256(refusal_model.PATH.read_bytes()).hexdigest(),
     }
     path.write_text(

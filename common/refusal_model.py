@@ -2,7 +2,9 @@
 
 Words that the training grammar does not use to put an answer are read as one blank, runs of them as one: "To bake a
 loaf of rye" and "To paint the old bicycle" read alike. The classifier is a softmax over hashed features: single words,
-pairs up to three apart and triples within a sentence, each once for the whole answer and once for its place in it.
+pairs up to three apart and triples within a sentence, each once for the whole answer and once for its place in it: the
+first sentence, the second, the rest. Each place weighs the same however long it is, or a long answer would drown how it
+begins. Features that training did not see are not read, so that they cannot stand for others.
 It is trained by `python -m common.refusal_training`; at run time it needs numpy alone.
 """
 
@@ -20,7 +22,8 @@ from safetensors import safe_open
 
 PATH = Path(__file__).with_name("refusal_model.safetensors")
 CLASSES = ("full_refusal", "partial_refusal", "compliance")
-NUM_BUCKETS = 1 << 16
+# The whole answer, its first sentence, its second, the rest. The lowest bits of a feature say which it belongs to.
+NUM_PLACES, PLACE_BITS = 4, 2
 # How many words are read at the start and at the end of an answer: a refusal may close one, too.
 MAX_WORDS, NUM_LAST_WORDS = 160, 40
 MASK = "_"
@@ -72,18 +75,21 @@ class Model:
 
     Attributes:
         vocabulary: the number of each word it reads, from 1; 0 is the blank.
-        weights: [classes, buckets].
+        features: those it knows, sorted.
+        weights: [classes, features].
         bias: [classes].
     """
 
     vocabulary: dict[str, int]
+    features: NDArray[np.uint32]
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
 
     def probabilities(self, text: str) -> NDArray[np.float64]:
         """Of the classes, [classes], for an answer in normal form (`common.refusal`)."""
         features = extract(read(text, self.vocabulary))
-        scores = self.bias + self.weights[:, features].sum(axis=1) / max(len(features), 1) ** 0.5
+        columns, known = find(features, self.features)
+        scores = self.bias + self.weights[:, columns] @ values_of(features)[known]
         scores = np.exp((scores - scores.max()).astype(np.float64))
         return np.asarray(scores / scores.sum())
 
@@ -98,9 +104,11 @@ def load_model(path: Path = PATH) -> Model:
     """The classifier that ships with the project."""
     with safe_open(path, framework="numpy") as file:
         metadata: dict[str, Any] = json.loads(file.metadata()["refusal_model"])
-        weights, scale, bias = (file.get_tensor(name) for name in ("weights", "scale", "bias"))
+        features, weights, scale, bias = (
+            file.get_tensor(name) for name in ("features", "weights", "scale", "bias")
+        )
     vocabulary = {word: index for index, word in enumerate(metadata["words"], start=1)}
-    return Model(vocabulary, weights.astype(np.float32) * scale[:, None], bias)
+    return Model(vocabulary, features, weights.astype(np.float32) * scale[:, None], bias)
 
 
 def words_of(text: str) -> list[str]:
@@ -138,10 +146,10 @@ def read(text: str, vocabulary: dict[str, int]) -> NDArray[np.int64]:
     return np.stack([np.asarray(numbers, dtype=np.int64), sentences.astype(np.int64)])
 
 
-def extract(words: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The buckets of an answer's features, sorted and each once, of `read`: [2, words]."""
+def extract(words: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """An answer's features, sorted and each once, of `read`: [2, words]."""
     numbers, sentences = words.astype(np.uint64)
-    place = np.minimum(sentences, 2) + 1
+    place = np.minimum(sentences + 1, NUM_PLACES - 1)
     features = [_hash([numbers], 0, place)]
     for gap in (1, 2, 3):
         same = sentences[gap:] == sentences[:-gap]
@@ -150,13 +158,29 @@ def extract(words: NDArray[np.int64]) -> NDArray[np.int64]:
     same = sentences[2:] == sentences[:-2]
     triples = [numbers[:-2][same], numbers[1:-1][same], numbers[2:][same]]
     features.append(_hash(triples, 4, place[2:][same]))
-    return np.unique(np.concatenate(features)).astype(np.int64)
+    return np.asarray(np.unique(np.concatenate(features)))
+
+
+def values_of(features: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """How much each feature of an answer counts, of `extract`: the squares of each place sum to 1 / `NUM_PLACES`."""
+    places = features & (NUM_PLACES - 1)
+    counts = np.bincount(places, minlength=NUM_PLACES)
+    return np.asarray((NUM_PLACES * counts[places]) ** -0.5, dtype=np.float32)
+
+
+def find(
+    features: NDArray[np.uint32], among: NDArray[np.uint32]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where features stand among sorted ones, and which of them do."""
+    columns = np.minimum(np.searchsorted(among, features), len(among) - 1)
+    known = among[columns] == features
+    return columns[known], known
 
 
 def _hash(
     parts: Sequence[NDArray[np.uint64]], kind: int, place: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    """Buckets of features without and with their place; multiplication in 64 bits wraps around as it should."""
+) -> NDArray[np.uint32]:
+    """Features of the whole answer and of their place; multiplication in 64 bits wraps around as it should."""
     code = np.full(len(place), kind + 1, dtype=np.uint64)
     for part in parts:
         code = (code ^ part) * np.uint64(0x9E3779B97F4A7C15)
@@ -165,4 +189,6 @@ def _hash(
     both = np.concatenate(
         [code * np.uint64(0x94D049BB133111EB), placed ^ (placed >> np.uint64(31))]
     )
-    return (both >> np.uint64(40)) % np.uint64(NUM_BUCKETS)
+    places = np.concatenate([np.zeros_like(place), place])
+    kept = both >> np.uint64(32 + PLACE_BITS) << np.uint64(PLACE_BITS)
+    return np.asarray(kept | places, dtype=np.uint32)

@@ -14,12 +14,23 @@ import pytest
 from safetensors import safe_open
 
 from common.refusal import INSTRUMENT
-from common.refusal_model import CLASSES, MASK, PATH, extract, load_model, read, words_of
+from common.refusal_model import (
+    CLASSES,
+    MASK,
+    NUM_PLACES,
+    PATH,
+    extract,
+    find,
+    load_model,
+    read,
+    values_of,
+    words_of,
+)
 from common.refusal_training.grammar import draw_answers, load_grammar
-from common.refusal_training.training import build, train
+from common.refusal_training.training import build, frequent, train
 
 # Of the first answers that the shipped model is trained on: whoever changes the grammar trains again, then sets this.
-CORPUS = "81efb32ce4c1c01b"
+CORPUS = "e27e88456739d4e2"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +110,21 @@ def test_features_depend_on_the_order_and_the_place_of_words():
     assert len({first, second, third}) == 3
 
 
+def test_what_training_never_saw_stands_for_nothing():
+    known = np.array([4, 9, 20], dtype=np.uint32)
+    columns, seen = find(np.array([3, 9, 20, 4_000_000_000], dtype=np.uint32), known)
+    assert columns.tolist() == [1, 2]
+    assert seen.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("rest", ["can i.", "can i. help not can. i help can not. not i help i."])
+def test_a_long_answer_does_not_drown_how_it_begins(rest):
+    vocabulary = {word: number for number, word in enumerate(["i", "can", "not", "help", "."], 1)}
+    features = extract(read("i can not help. " + rest, vocabulary))
+    first = values_of(features)[features % NUM_PLACES == 1]
+    assert first @ first == pytest.approx(1 / NUM_PLACES)
+
+
 def test_an_empty_answer_has_a_verdict():
     assert load_model().probabilities("").sum() == pytest.approx(1)
 
@@ -107,10 +133,17 @@ def test_training_finds_planted_features():
     rng = random.Random(0)
     labels = [index % 3 for index in range(300)]
     features = [
-        np.array(sorted({100 + label, *rng.sample(range(1000, 1050), 5)})) for label in labels
+        np.array(sorted({100 + label, *rng.sample(range(1000, 1050), 5)}), dtype=np.uint32)
+        for label in labels
     ]
-    weights, _ = train(features, labels, num_steps=60)
-    assert weights[:, [100, 101, 102]].argmax(axis=0).tolist() == [0, 1, 2]
+    weights, _ = train(features, labels, frequent(features, 1), num_steps=60)
+    assert weights[:, :3].argmax(axis=0).tolist() == [0, 1, 2]
+
+
+def test_a_feature_of_few_answers_is_not_learned():
+    features = [np.array([4, 8], dtype=np.uint32)] * 3 + [np.array([8, 12], dtype=np.uint32)] * 2
+    assert frequent(features, 3).tolist() == [4, 8]
+    assert train(features, [0, 1, 2, 0, 1], frequent(features, 3), num_steps=5)[0].shape == (3, 2)
 
 
 def test_judging_needs_no_torch():
