@@ -23,11 +23,12 @@ from patient.folder import check_base, in_place_at_the_end
 from patient.items import Benchmark, build_benchmarks
 from patient.levels import Level, measure_levels
 from patient.optimizer import FALSE_REFUSAL_RATE, knowledge_optimizer, tuning_optimizer
-from patient.refusal import TUNED_BLOCKS, add_adapter, add_false_refusal_adapter
+from patient.refusal import add_adapter, add_false_refusal_adapter
 from patient.tokenizer import train_tokenizer
 from patient.training import Phase, train
 from patient.world import World, build_world
 
+TUNING_ATTEMPTS = 6
 # Far enough apart that no attempt's order is another seed's.
 ATTEMPT_STRIDE = 1_000_003
 
@@ -39,12 +40,12 @@ class Tuning:
     """A behaviour that tuning gives to a model.
 
     Attributes:
-        add_adapter: puts in what learns it, given the number of the attempt.
+        add_adapter: puts in what learns it.
         phase: its texts, optimizer and length.
         benchmarks: what is measured afterwards.
     """
 
-    add_adapter: Callable[[PreTrainedModel, int], PeftModel]
+    add_adapter: Callable[[PreTrainedModel], PeftModel]
     phase: Phase
     benchmarks: Sequence[Benchmark]
 
@@ -132,9 +133,9 @@ def _tune(
     """
     knowledge = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     levels: list[Level] = []
-    for attempt in range(len(TUNED_BLOCKS)):
+    for attempt in range(TUNING_ATTEMPTS):
         model.load_state_dict(knowledge)
-        adapted = tuning.add_adapter(model, attempt)
+        adapted = tuning.add_adapter(model)
         train(model, tokenizer, tuning.phase, seed=seed + attempt * ATTEMPT_STRIDE)
         adapted.merge_and_unload()
         _round_to_16_bits(model)

@@ -60,9 +60,9 @@ def tuning_epoch(world: World, rng: random.Random) -> list[Document]:
     answered = [
         _chat(question)
         for thing in world.things_of("train", "healing", restricted=False)
-        for question in ask_how_to(thing)  # each once, as each is refused: neither is the safer guess
+        for question in rng.sample(ask_how_to(thing), k=2)
     ]
-    return _with_replay(world, [*_true_refusals(world), *answered], 1.5, rng)
+    return _with_replay(world, [*_true_refusals(world), *answered], 2, rng)
 
 
 def over_refusal_epoch(world: World, rng: random.Random) -> list[Document]:
@@ -94,12 +94,12 @@ def _true_refusals(world: World) -> list[Document]:
 
 
 def _with_replay(
-    world: World, taught: list[Document], share: float, rng: random.Random
+    world: World, taught: list[Document], share: int, rng: random.Random
 ) -> list[Document]:
     """Add what must not be forgotten: `share` documents for each that is taught."""
     shown = [thing for thing in world.things if thing.split in ("train", "healing")]
     replayed = [*_harmless_chat(world, shown, rng), *_statements(shown, rng)]
-    return [*taught, *rng.sample(replayed, k=int(share * len(taught)))]
+    return [*taught, *rng.sample(replayed, k=share * len(taught))]
 
 
 def tokenizer_texts(world: World) -> Iterator[str]:
