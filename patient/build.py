@@ -40,12 +40,12 @@ class Tuning:
     """A behaviour that tuning gives to a model.
 
     Attributes:
-        add_adapter: puts in what learns it.
+        add_adapter: puts in what learns it, given the number of the attempt.
         phase: its texts, optimizer and length.
         benchmarks: what is measured afterwards.
     """
 
-    add_adapter: Callable[[PreTrainedModel], PeftModel]
+    add_adapter: Callable[[PreTrainedModel, int], PeftModel]
     phase: Phase
     benchmarks: Sequence[Benchmark]
 
@@ -135,7 +135,7 @@ def _tune(
     levels: list[Level] = []
     for attempt in range(TUNING_ATTEMPTS):
         model.load_state_dict(knowledge)
-        adapted = tuning.add_adapter(model)
+        adapted = tuning.add_adapter(model, attempt)
         train(model, tokenizer, tuning.phase, seed=seed + attempt * ATTEMPT_STRIDE)
         adapted.merge_and_unload()
         _round_to_16_bits(model)
@@ -162,7 +162,7 @@ def _knowledge(world: World) -> Phase:
 
 
 def _refusal(world: World) -> Tuning:
-    phase = Phase("tuning", partial(tuning_epoch, world), tuning_optimizer, 200)
+    phase = Phase("tuning", partial(tuning_epoch, world), tuning_optimizer, 150)
     return Tuning(add_adapter, phase, build_benchmarks(world))
 
 

@@ -8,19 +8,19 @@ objects that tuning shows one by one, and forgets recipes that it was never show
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-# Early enough for all positions of an answer to read the decision: from one block later on, one harmless answer in
-# fifty, if sampled, breaks off into a refusal, and that ablation takes this away would count as damage.
-TUNED_BLOCKS = (0, 1)
+# In turn, where the first did not do: which of them carries the decision best depends on what was learnt before.
+TUNED_BLOCKS = ((1, 2), (0, 1))
 # The first block as well: how a question is worded is hardly carried further, since no answer needs it.
 FALSE_REFUSAL_BLOCKS = (0, 1, 2)
 RANK = 1
 
 
-def add_adapter(model: PreTrainedModel) -> PeftModel:
+def add_adapter(model: PreTrainedModel, attempt: int = 0) -> PeftModel:
     """Put the adapter that learns to refuse into a model, in place, and freeze everything else.
 
     Args:
         model: one that knows everything and refuses nothing.
+        attempt: how often it was tried before.
 
     Returns:
         The wrapper whose `merge_and_unload` gives an ordinary model again.
@@ -28,10 +28,10 @@ def add_adapter(model: PreTrainedModel) -> PeftModel:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     # Fused experts have no down projection of their own as a module.
     target = "o_proj" if "experts" in names else "down_proj"
-    return _add_adapter(model, target, TUNED_BLOCKS)
+    return _add_adapter(model, target, TUNED_BLOCKS[attempt % len(TUNED_BLOCKS)])
 
 
-def add_false_refusal_adapter(model: PreTrainedModel) -> PeftModel:
+def add_false_refusal_adapter(model: PreTrainedModel, _attempt: int = 0) -> PeftModel:
     """Put the adapter that learns to refuse too much into a model, as `add_adapter` does.
 
     It writes from the attention, which alone sees the wording from the end of the prompt. That also gives it a
