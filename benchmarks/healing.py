@@ -29,12 +29,13 @@ COMMON = ("abliteration.selection.max_kl=2.0", "eval.accept={}", "tracking.mode=
 METHODS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "no anchors": ("train.anchors=[]",),
+    "no residual stream": (),
     "no anchor to the original": (),
     "no anchor to the abliterated": (),
     "no constraint": ("train.keep_ablated=none",),
     "no pairs": ("train.trainer.loss_weights=[1e-9]",),
     "DPO at full weight": ("train.trainer.loss_weights=[1.0]",),
-    "rank 64": ("train.adapter={r: 64, lora_alpha: 128}",),
+    "rank 16": ("train.adapter={r: 16, lora_alpha: 16}",),
     "all weights": ("train.adapter=null", "train.trainer.learning_rate=1e-3"),
     **{f"without {domain}": () for domain in DOMAINS},
     "daredevil": (),
@@ -131,8 +132,11 @@ def stopping(patient: Path, method: str) -> list[str]:
 
 
 def left_out(patient: Path, method: str) -> list[str]:
-    """The settings that leave out one teacher, or one damaged domain of the anchors' prompts and of the pairs'."""
+    """The settings that leave out the residual stream, a teacher, or a damaged domain of all prompts."""
     recipe = yaml.safe_load((ROOT / "recipes" / "patient.yaml").read_text(encoding="utf-8"))
+    if method == "no residual stream":
+        anchors = [{**anchor, "residual": None} for anchor in recipe["train"]["anchors"]]
+        return ["train.anchors=" + json.dumps(anchors).replace("runs/patient-model", str(patient))]
     teacher = method.removeprefix("no anchor to the ")
     if teacher != method:
         anchors = [anchor for anchor in recipe["train"]["anchors"] if anchor["to"] != teacher]

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common import artifacts
 from common.architecture import Layout, PlacedWriter, find_writers
 from common.errors import InputError, StageError
 from common.slices import KeepNorm, edit_in_place, writes_last
@@ -92,6 +93,12 @@ class Edit:
     def strengths(self, writer: str) -> Tensor:
         """How strongly each of them is removed: [k] in float64."""
         return torch.tensor(self.removals[writer].strengths, dtype=torch.float64)
+
+    def content(self) -> str:
+        """A hash of which vectors are removed from which writer, however strongly."""
+        removed = {name: removal.vectors for name, removal in self.removals.items()}
+        vectors = {name: vector.tolist() for name, vector in self.vectors.items()}
+        return artifacts.hash_data([removed, vectors])
 
     def is_low_rank(self) -> bool:
         """Whether every change of a weight has the rank of its vectors, so that an adapter can hold it."""

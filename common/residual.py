@@ -136,21 +136,25 @@ def _last_mlp_at(model: PreTrainedModel, num_positions: int) -> Iterator[None]:
 
 
 @contextmanager
-def reading(model: nn.Module, num_positions: int) -> Iterator[list[Tensor]]:
+def reading(
+    model: nn.Module, num_positions: int | None = None, *, gradients: bool = False
+) -> Iterator[list[Tensor]]:
     """Collect resid_pre at the last positions during a forward pass with left padding.
 
     Args:
         model: a causal language model.
-        num_positions: how many positions, counted from the end, are kept.
+        num_positions: how many positions, counted from the end, are kept; all if None.
+        gradients: whether a loss on what was read may flow back into the model.
 
     Yields:
         A list that holds after a forward pass one tensor [batch, num_positions, d_model] per block.
     """
     streams: list[Tensor] = []
+    kept = slice(None) if num_positions is None else slice(-num_positions, None)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        streams.append(hidden[:, -num_positions:].detach())
+        streams.append(hidden[:, kept] if gradients else hidden[:, kept].detach())
 
     handles = [
         block.register_forward_pre_hook(hook, with_kwargs=True) for block in find_blocks(model)

@@ -781,6 +781,19 @@ class Filters(Section):
         return self
 
 
+class ResidualTerm(Section):
+    """Hold the residual stream itself to the teacher's, at every token and block, off the removed direction."""
+
+    weight: Annotated[Number, _not_zero("so it has no effect; delete residual")] = Field(
+        default=30.0, gt=0, description="Weight in the loss of the mean squared relative distance."
+    )
+    size: Count = Field(
+        default=64,
+        description="Numbers that are kept of the teacher's stream for each token and block: a random projection, "
+        "another for each prompt; all of it where the model is no wider.",
+    )
+
+
 class Anchor(Section):
     """Distillation: hold the healed model's next-token probabilities to a teacher's."""
 
@@ -798,6 +811,10 @@ class Anchor(Section):
         default=64, description="Teacher probabilities that are kept for each token."
     )
     max_new_tokens: Count = Field(default=256, description="Longest teacher answer, in tokens.")
+    residual: ResidualTerm | None = Field(
+        default=None,
+        description="Hold the residual stream to the teacher's as well; null: the probabilities alone.",
+    )
 
     @model_validator(mode="after")
     def _only_damage_is_weighed(self) -> Self:

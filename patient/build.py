@@ -88,8 +88,6 @@ def build_patient(
         else:
             model = AutoModelForCausalLM.from_pretrained(base)
         if over_refusing:
-            # The adapter begins with the same weights whether the base was trained here or read.
-            torch.manual_seed(seed)
             levels = _tune(model, tokenizer, _false_refusal(world), seed, started)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -135,6 +133,8 @@ def _tune(
     levels: list[Level] = []
     for attempt in range(TUNING_ATTEMPTS):
         model.load_state_dict(knowledge)
+        # The adapter begins with the same weights whether the knowledge was trained here or read.
+        torch.manual_seed(seed + attempt * ATTEMPT_STRIDE)
         adapted = tuning.add_adapter(model, attempt)
         train(model, tokenizer, tuning.phase, seed=seed + attempt * ATTEMPT_STRIDE)
         adapted.merge_and_unload()
@@ -162,7 +162,7 @@ def _knowledge(world: World) -> Phase:
 
 
 def _refusal(world: World) -> Tuning:
-    phase = Phase("tuning", partial(tuning_epoch, world), tuning_optimizer, 150)
+    phase = Phase("tuning", partial(tuning_epoch, world), tuning_optimizer, 200)
     return Tuning(add_adapter, phase, build_benchmarks(world))
 
 

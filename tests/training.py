@@ -10,6 +10,7 @@ from trl import DPOConfig
 from common.generation import generate
 from train.anchors import TeacherRow, teach
 from train.shelf import Shelf
+from train.streams import Sketch
 
 
 def settings_of(folder: Path, **changes: Any) -> DPOConfig:
@@ -48,6 +49,7 @@ def taught(
     top_k: int,
     max_new_tokens: int,
     batch_size: int,
+    sketch: Sketch | None = None,
 ) -> list[TeacherRow]:
     """A teacher's rows over the answers that it gives now."""
     answers = generate(
@@ -61,4 +63,5 @@ def taught(
         max_new_tokens=max_new_tokens,
         top_k=top_k,
         batch_size=batch_size,
+        sketch=sketch,
     )

@@ -1,4 +1,4 @@
-"""Anchors: hold the healed model to a teacher's next-token distributions on the teacher's own answers.
+"""Anchors: hold the healed model to a teacher's next-token distributions on the teacher's own answers, and its stream.
 
 Two anchors make a composite teacher: the original on harmless prompts, where it knows what the edit broke, and
 the abliterated model on formerly refused prompts, where it knows what the edit unlocked. Preference pairs alone
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import artifacts, chat, distributed
+from common import artifacts, chat, distributed, residual
 from common.divergence import answer_logits, batches, trainable_answer_logits
+from common.edits import Edit
 from common.generation import ended
 from train.shelf import Answers, Piece
+from train.streams import Sketch, distance, removed_from_stream
 
 
 @dataclass(frozen=True)
@@ -33,32 +35,55 @@ class TeacherRow:
         answer: token ids, with the end token where the teacher ended.
         top_ids: ids of the teacher's likeliest tokens at each answer position [answer, k].
         top_logps: their log-probabilities [answer, k].
+        streams: what is kept of its residual stream [prompt and answer, blocks, size], where the anchor holds that.
     """
 
     prompt: list[int]
     answer: list[int]
     top_ids: Tensor
     top_logps: Tensor
+    streams: Tensor | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer."""
+        return [*self.prompt, *self.answer]
 
 
 class Lessons:
     """A teacher's rows for prompts: made from its greedy answers, and shared as those are."""
 
-    def __init__(self, answers: Answers, top_k: int) -> None:
+    def __init__(
+        self, answers: Answers, top_k: int, size: int | None = None, edit: Edit | None = None
+    ) -> None:
         """Name the file.
 
         Args:
             answers: of the teacher.
             top_k: probabilities that are kept for each token.
+            size: numbers that are kept of the residual stream for each token and block; none if None.
+            edit: what is left out of the stream; there where `size` is.
         """
-        self.answers, self.top_k = answers, top_k
+        self.answers, self.top_k, self.size, self.edit = answers, top_k, size, edit
         depends = {**answers.depends, "top_k": top_k}
+        if edit is not None:
+            depends |= {"size": size, "removed": edit.content()}
         self.path = answers.shelf.path("anchors", answers.teacher, depends, ".safetensors")
         self.pieces = [answers.piece, Piece(self.path, answers.teacher, self._make)]
 
     def rows(self) -> list[TeacherRow]:
         """One row per prompt."""
         return load_rows(self.path)
+
+    def sketch(self, model: nn.Module) -> Sketch | None:
+        """How streams are kept, if they are.
+
+        Args:
+            model: any of the two teachers, or the healed model.
+        """
+        if self.size is None or self.edit is None:
+            return None
+        return Sketch(self.size, removed_from_stream(model, self.edit))
 
     def _make(self, model: PreTrainedModel) -> None:
         answers = self.answers
@@ -70,6 +95,7 @@ class Lessons:
             max_new_tokens=answers.max_new_tokens,
             top_k=self.top_k,
             batch_size=answers.batch_size,
+            sketch=self.sketch(model),
         )
         if distributed.is_main():
             save_rows(rows, self.path)
@@ -85,8 +111,9 @@ def teach(
     max_new_tokens: int,
     top_k: int,
     batch_size: int,
+    sketch: Sketch | None = None,
 ) -> list[TeacherRow]:
-    """Keep a teacher's top-k log-probabilities over its own answers.
+    """Keep a teacher's top-k log-probabilities over its own answers, and its streams if a sketch says how.
 
     Args:
         teacher: the model that the anchor names.
@@ -96,6 +123,7 @@ def teach(
         max_new_tokens: where answers were cut that the teacher did not end.
         top_k: tokens that are kept at each position.
         batch_size: prompts per forward pass.
+        sketch: what is kept of the residual stream; None for nothing.
 
     Returns:
         One row per prompt, on every process.
@@ -107,7 +135,7 @@ def teach(
     pad_id = int(tokenizer.pad_token_id)
 
     def work(part: Sequence[tuple[list[int], list[int]]]) -> list[TeacherRow]:
-        return _teach_part(teacher, part, top_k, batch_size, pad_id)
+        return _teach_part(teacher, part, top_k, batch_size, pad_id, sketch)
 
     return distributed.share(texts, work)
 
@@ -118,22 +146,25 @@ def _teach_part(
     top_k: int,
     batch_size: int,
     pad_id: int,
+    sketch: Sketch | None,
 ) -> list[TeacherRow]:
     rows: dict[int, TeacherRow] = {}
     parts = list(batches([len(prompt) + len(answer) for prompt, answer in texts], batch_size))
     for batch in tqdm(
         parts, desc="teacher distributions", disable=not distributed.is_main(), leave=False
     ):
-        prompts, answers = (
-            [texts[index][0] for index in batch],
-            [texts[index][1] for index in batch],
-        )
-        for index, logits in zip(
-            batch, answer_logits(teacher, prompts, answers, pad_id), strict=True
-        ):
+        own = [texts[index] for index in batch]
+        prompts, answers = [prompt for prompt, _ in own], [answer for _, answer in own]
+        with residual.reading(teacher) as streams:
+            found = answer_logits(teacher, prompts, answers, pad_id)
+        kept: Sequence[Tensor | None] = [None] * len(batch)
+        if sketch is not None:
+            kept = sketch.of(streams, [[*prompt, *answer] for prompt, answer in own])
+        for index, logits, stream in zip(batch, found, kept, strict=True):
             logps = torch.log_softmax(logits.float(), dim=-1)
             top_logps, top_ids = logps.topk(min(top_k, logps.shape[-1]), dim=-1)
-            rows[index] = TeacherRow(*texts[index], top_ids.cpu(), top_logps.cpu())
+            stream = None if stream is None else stream.to(teacher.dtype).cpu()
+            rows[index] = TeacherRow(*texts[index], top_ids.cpu(), top_logps.cpu(), stream)
     return [rows[index] for index in range(len(texts))]
 
 
@@ -146,6 +177,9 @@ def save_rows(rows: Sequence[TeacherRow], path: Path) -> None:
         "top_ids": torch.cat([row.top_ids for row in rows]).to(torch.int32),
         "top_logps": torch.cat([row.top_logps for row in rows]),
     }
+    streams = [row.streams for row in rows if row.streams is not None]
+    if streams:
+        tensors["streams"] = torch.cat(streams)
     path.parent.mkdir(parents=True, exist_ok=True)
     with artifacts.whole(path) as beside:
         save_file(tensors, beside, metadata={"healing": json.dumps({"lengths": lengths})})
@@ -163,9 +197,12 @@ def load_rows(path: Path) -> list[TeacherRow]:
         tensors["top_ids"].long().split(num_answer),
         tensors["top_logps"].split(num_answer),
     ]
+    streams: Sequence[Tensor | None] = [None] * len(lengths)
+    if "streams" in tensors:
+        streams = tensors["streams"].split([sum(pair) for pair in lengths])
     return [
-        TeacherRow(prompt.tolist(), answer.tolist(), top_ids, top_logps)
-        for prompt, answer, top_ids, top_logps in zip(*parts, strict=True)
+        TeacherRow(prompt.tolist(), answer.tolist(), top_ids, top_logps, stream)
+        for prompt, answer, top_ids, top_logps, stream in zip(*parts, streams, strict=True)
     ]
 
 
@@ -238,3 +275,31 @@ def anchor_loss(
     top_ids = torch.cat([row.top_ids for row in rows]).to(device)
     top_logps = torch.cat([row.top_logps for row in rows]).to(device)
     return anchored_divergence(scored, top_ids, top_logps).sum()
+
+
+def anchor_and_stream_loss(
+    model: nn.Module,
+    inner: nn.Module,
+    rows: Sequence[TeacherRow],
+    pad_id: int,
+    device: torch.device,
+    sketch: Sketch,
+) -> tuple[Tensor, Tensor]:
+    """As `anchor_loss`, and how far the residual stream is from the teacher's, in the same forward pass.
+
+    Args:
+        model: the student; wrapped models are called through their wrapper.
+        inner: the student itself, whose blocks are read.
+        rows: at least one, with streams.
+        pad_id: id to pad with.
+        device: where the student is.
+        sketch: how the rows' streams were kept.
+
+    Returns:
+        Two scalars: the divergence's sum over all answer tokens, and the distance's over all tokens.
+    """
+    with residual.reading(inner, gradients=True) as streams:
+        divergence = anchor_loss(model, rows, pad_id, device)
+    kept = torch.cat(sketch.of(streams, [row.tokens for row in rows]))
+    taught = torch.cat([row.streams for row in rows if row.streams is not None])
+    return divergence, distance(kept, taught.to(kept.device)).sum()

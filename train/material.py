@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from common import distributed
+from common.edits import Edit, load_edit
 from common.model import load_model, resolve
 from common.questions import load_questions
 from common.recipe import Anchor, Recipe
@@ -34,6 +35,7 @@ class Material:
     Attributes:
         pairs: of all sources, filtered.
         anchors: the rows of each anchor, in the recipe's order.
+        lessons: where they come from.
         counts: per source, how many pairs were kept or dropped for which reason.
         domains: how many pairs there are of each domain, where sources name any.
         refusal_limit: what the filter by the direction was calibrated to, where it is on.
@@ -41,6 +43,7 @@ class Material:
 
     pairs: list[Pair]
     anchors: list[list[TeacherRow]]
+    lessons: list[Lessons]
     counts: dict[str, dict[str, int]]
     domains: dict[str, int]
     refusal_limit: dict[str, float] | None = None
@@ -68,7 +71,8 @@ def prepare(
         StageError: if the filters leave no pair.
     """
     screen = pairs.Screen(recipe, shelf, upstream["abliteration"], excluded)
-    lessons = [_lessons(anchor, shelf) for anchor in recipe.train.anchors]
+    edit = load_edit(upstream["abliteration"] / "edit.safetensors")
+    lessons = [_lessons(anchor, shelf, edit) for anchor in recipe.train.anchors]
     pieces = [*screen.pieces(), *(piece for own in lessons for piece in own.pieces), *more]
     pieces += by_damage.pieces if by_damage is not None else []
     _make_missing(pieces, recipe, upstream)
@@ -79,11 +83,11 @@ def prepare(
     ]
     domains = Counter(pair.domain for pair in found if pair.domain is not None)
     limit = screen.limit().as_data() if recipe.train.filters.direction else None
-    return Material(found, anchors, counts, dict(sorted(domains.items())), limit)
+    return Material(found, anchors, lessons, counts, dict(sorted(domains.items())), limit)
 
 
-def _lessons(anchor: Anchor, shelf: Shelf) -> Lessons:
-    questions = load_questions(anchor.prompts)
+def _lessons(anchor: Anchor, shelf: Shelf, edit: Edit) -> Lessons:
+    questions, term = load_questions(anchor.prompts), anchor.residual
     return Lessons(
         Answers(
             shelf,
@@ -94,6 +98,7 @@ def _lessons(anchor: Anchor, shelf: Shelf) -> Lessons:
             batch_size=4 * anchor.batch_size,
         ),
         anchor.top_k,
+        *(() if term is None else (term.size, edit)),
     )
 
 

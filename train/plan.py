@@ -52,7 +52,11 @@ def _details(recipe: Recipe) -> Iterator[str]:
     batch = recipe.train.global_batch_size
     yield f"pairs         at most {pairs}, {batch} a step, {_num_steps(recipe, pairs)} steps"
     for anchor in recipe.train.anchors:
-        yield f"anchor        to the {anchor.to} model, {anchor.batch_size} prompts a step, weight {anchor.weight:g}"
+        held = ""
+        if (term := anchor.residual) is not None:
+            held = f"; its residual stream, {term.size} numbers a token and block, weight {term.weight:g}"
+        batch_size = f"{anchor.batch_size} prompts a step"
+        yield f"anchor        to the {anchor.to} model, {batch_size}, weight {anchor.weight:g}{held}"
     if (mix := recipe.train.mix) is not None:
         asked = len(damage.prompts_used(mix))
         yield (

@@ -13,7 +13,7 @@ import datasets
 import torch
 import wandb
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from common import artifacts, distributed
@@ -48,7 +48,7 @@ from train.shelf import Shelf, shelf_of
 from train.stopping import Baseline, StopWhenHealed
 from train.trainer import HealingTrainer, WeightedAnchor
 
-VERSION = 4
+VERSION = 5
 # Settings of the trainer that change what is written down or how fast, and never the result.
 NO_INFLUENCE = frozenset(
     {
@@ -251,7 +251,7 @@ def _build_trainer(
         peft_config=build_adapter(recipe.train.adapter)
         if recipe.train.adapter is not None
         else None,
-        anchors=_weighted_anchors(recipe, material),
+        anchors=_weighted_anchors(recipe, material, model),
         share_prompts=recipe.train.engine == "shared",
         references=_references(recipe, shelf),
     )
@@ -288,14 +288,24 @@ def _dataset(folder: Path) -> datasets.Dataset:
     )
 
 
-def _weighted_anchors(recipe: Recipe, material: Material) -> list[WeightedAnchor]:
+def _weighted_anchors(
+    recipe: Recipe, material: Material, model: PreTrainedModel
+) -> list[WeightedAnchor]:
     names: list[str] = []
     for anchor in recipe.train.anchors:
         same = sum(name.split(" ")[0] == anchor.to for name in names)
         names.append(anchor.to if same == 0 else f"{anchor.to} {same + 1}")
     return [
-        WeightedAnchor(name, AnchorBatches(rows, anchor.batch_size, recipe.seed), anchor.weight)
-        for name, anchor, rows in zip(names, recipe.train.anchors, material.anchors, strict=True)
+        WeightedAnchor(
+            name,
+            AnchorBatches(rows, anchor.batch_size, recipe.seed),
+            anchor.weight,
+            lessons.sketch(model),
+            anchor.residual.weight if anchor.residual is not None else 0.0,
+        )
+        for name, anchor, rows, lessons in zip(
+            names, recipe.train.anchors, material.anchors, material.lessons, strict=True
+        )
     ]
 
 

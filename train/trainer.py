@@ -14,12 +14,13 @@ from trl import DPOTrainer
 
 from common import distributed
 from common.errors import StageError
-from train.anchors import AnchorBatches, TeacherRow, anchor_loss
+from train.anchors import AnchorBatches, TeacherRow, anchor_and_stream_loss, anchor_loss
 from train.constraint import penalty, penalty_weight
 from train.drift import Drift, residual
 from train.pull import Distance
 from train.references import References, pair_key, token_rows
 from train.shared_prompts import PairCollator, SharedPrompts, take_packed
+from train.streams import Sketch
 
 # How far from 0 the first step's mean rewards may be: rounding of two forward passes, times beta.
 REWARD_TOLERANCE = {
@@ -40,18 +41,23 @@ class WeightedAnchor:
         name: as it is logged, `anchors/<name>`.
         batches: its rows.
         weight: of its mean divergence per token.
+        sketch: how its rows' streams were kept, where it holds the residual stream as well.
+        residual_weight: of the mean distance per token of the stream.
     """
 
     name: str
     batches: AnchorBatches
     weight: float
+    sketch: Sketch | None = None
+    residual_weight: float = 0.0
 
 
 class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
     """DPO beside anchors, from the abliterated model, with the abliterated model as the reference.
 
     The loss of an optimizer step is TRL's plus, for each anchor, its weight times the mean divergence over all
-    answer tokens of the step's anchor batch: the same number for any number of processes and accumulation steps.
+    answer tokens of the step's anchor batch, and the same of the residual stream's distance over all tokens: the same
+    number for any number of processes and accumulation steps.
     """
 
     def __init__(
@@ -113,7 +119,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         if self.state.global_step == 0:
             self._guard_reference()
         for anchor in self.anchors:
-            loss = loss + anchor.weight * self._anchor_term(model, anchor)
+            loss = loss + self._anchor_term(model, anchor)
         if self.penalized:
             loss = loss + self._penalty_term()
         if self.pull is not None:
@@ -155,9 +161,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         if self.aux_loss_enabled:
             # The balance of experts counts tokens: a prompt read once would count once.
             return model, rows
-        inner = self.accelerator.unwrap_model(self.model)
-        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-        return SharedPrompts(model, inner, packed), rows
+        return SharedPrompts(model, self._inner(), packed), rows
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference's log-probabilities to a data set; only pairs that nobody has computed are."""
@@ -187,25 +191,39 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             self._micro_step += 1
 
     def _anchor_term(self, model: nn.Module, anchor: WeightedAnchor) -> Tensor:
-        """This process's part of the anchor's mean, scaled so that the trainer's averaging gives the mean."""
+        """This process's part of the anchor's means, scaled so that the trainer's averaging gives the means."""
         rows = anchor.batches.batch(self.state.global_step)
         # The last step of an epoch may have fewer forward passes than the others.
         parts = self.accelerator.num_processes * self.current_gradient_accumulation_steps
         part = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
         mine: list[TeacherRow] = rows[part::parts]
-        num_tokens = sum(len(row.answer) for row in rows)
-        if mine:
-            term = anchor_loss(model, mine, self._tokenizer.pad_token_id, self.accelerator.device)
-            term = term * (parts / num_tokens)
-        else:
-            # Every process has to take part in the forward pass: sharded models would wait for it for ever.
-            term = 0.0 * anchor_loss(
-                model, rows[:1], self._tokenizer.pad_token_id, self.accelerator.device
-            )
-        self._metrics["train"][f"anchors/{anchor.name}"].append(
-            self.accelerator.gather(term.detach()).mean().item()
-        )
-        return term
+        # Every process has to take part in the forward pass: sharded models would wait for it for ever.
+        share = float(parts) if mine else 0.0
+        divergence, distance = self._anchor_sums(model, anchor, mine or rows[:1])
+        divergence = divergence * (share / sum(len(row.answer) for row in rows))
+        self._log_mean(f"anchors/{anchor.name}", divergence)
+        if distance is None:
+            return anchor.weight * divergence
+        distance = distance * (share / sum(len(row.tokens) for row in rows))
+        self._log_mean(f"residual/{anchor.name}", distance)
+        return anchor.weight * divergence + anchor.residual_weight * distance
+
+    def _anchor_sums(
+        self, model: nn.Module, anchor: WeightedAnchor, rows: Sequence[TeacherRow]
+    ) -> tuple[Tensor, Tensor | None]:
+        pad_id, device = self._tokenizer.pad_token_id, self.accelerator.device
+        if anchor.sketch is None:
+            return anchor_loss(model, rows, pad_id, device), None
+        return anchor_and_stream_loss(model, self._inner(), rows, pad_id, device, anchor.sketch)
+
+    def _log_mean(self, name: str, term: Tensor) -> None:
+        """Note a term for TRL's metrics, averaged over the processes."""
+        self._metrics["train"][name].append(self.accelerator.gather(term.detach()).mean().item())
+
+    def _inner(self) -> Any:  # noqa: ANN401  # a transformers model
+        """The model itself, without what accelerate and peft wrap around it."""
+        inner = self.accelerator.unwrap_model(self.model)
+        return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
     def _guard_reference(self) -> None:
         """Fail unless the policy and the reference agree before the first update."""

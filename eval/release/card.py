@@ -246,7 +246,11 @@ def _healed(recipe: Recipe, edit: Edit, healing: Mapping[str, Any]) -> str:
     }
     kinds = "; ".join(dict.fromkeys(names[source.name] for source in train.preferences))
     preferences = f"{kinds} ({healing['pairs']} pairs)" if kinds else "none"
-    anchors = "; ".join(f"{anchor.to} model, weight {anchor.weight:g}" for anchor in train.anchors)
+    anchors = "; ".join(
+        f"{anchor.to} model, weight {anchor.weight:g}"
+        + (f", residual stream {anchor.residual.weight:g}" if anchor.residual is not None else "")
+        for anchor in train.anchors
+    )
     shape = "all weights"
     if train.adapter is not None:
         shape = f"an adapter merged into the weights ({_settings(train.adapter)})"

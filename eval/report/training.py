@@ -58,6 +58,11 @@ STEPS = (
     ),
     Panel("Distance from the anchors' teachers", ("anchors/",), "Divergence (nats)"),
     Panel(
+        "Distance from the teachers' residual streams",
+        ("residual/",),
+        "Share of the stream's square",
+    ),
+    Panel(
         "What training wrote along the removed direction",
         ("ablation/residual",),
         "Share of the original's",

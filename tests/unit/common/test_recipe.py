@@ -91,6 +91,7 @@ def test_a_sound_recipe_loads_with_its_values_and_the_defaults(recipe_file):
     assert recipe.abliteration.prompts.harmful.split is None
     assert recipe.train.anchors[0].weight == 2.0
     assert recipe.train.anchors[1].top_k == 64
+    assert recipe.train.anchors[1].residual is None
     assert recipe.train.adapter == {"r": 16, "lora_alpha": 32}
     assert recipe.train.trainer["learning_rate"] == 5e-7
     assert recipe.eval.accept["refusal[restricted].healed.value"].max == 0.02
@@ -272,6 +273,18 @@ BROKEN = [
     # Settings without effect.
     ("weight: 2.0", "weight: 0", "train.anchors[0].weight", ["no effect; delete the anchor"]),
     ("weight: 2.0", "weight: -2", "train.anchors[0].weight", ["must be greater than 0"]),
+    (
+        "weight: 2.0",
+        "weight: 2.0, residual: {weight: 0}",
+        "train.anchors[0].residual.weight",
+        ["no effect; delete residual"],
+    ),
+    (
+        "weight: 2.0",
+        "weight: 2.0, residual: {sise: 8}",
+        "train.anchors[0].residual.sise",
+        ['mean "size"?'],
+    ),
     (
         "{path: harmful.jsonl}\n    harmless",
         "{path: harmful.jsonl, split: train}\n    harmless",

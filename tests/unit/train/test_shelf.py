@@ -15,7 +15,7 @@ from common.edits import save_edit
 from common.model import load_tokenizer
 from common.recipe import Recipe
 from eval.quick import QuickEvaluation
-from tests.editing import edit_of
+from tests.editing import edit_of, vector
 from train import material, pairs, plan, run, shelf
 from train.anchors import TeacherRow, load_rows, save_rows
 from train.damage import DamageAwareMix
@@ -199,6 +199,27 @@ def test_what_changed_is_asked_again_and_nothing_else(prepare, make_recipe, tmp_
     longer = {"train__anchors__1__max_new_tokens": 5}
     _, loaded, asked = prepare(make_recipe(**longer))
     assert (loaded, sum(asked.values())) == (["abliterated"], 4)
+
+
+def test_streams_are_kept_anew_for_another_size_or_edit_and_for_no_other_weight(
+    prepare, make_recipe, ablated, build_model
+):
+    def held(**settings):
+        return prepare(make_recipe(train__anchors__0__residual=settings))
+
+    plain, _, _ = prepare(make_recipe())
+    assert all(row.streams is None for row in plain.anchors[0])
+    first, loaded, asked = held(size=4)
+    assert (loaded, asked) == (["original"], Counter()), "the answers are there"
+    assert {row.streams.shape[1:] for row in first.anchors[0]} == {(3, 4)}
+    assert all(row.streams is None for row in first.anchors[1])
+    _same(first, plain)
+    assert held(size=4, weight=2.0)[1] == []
+    assert held(size=5)[1] == ["original"]
+    model = build_model("llama", seed=5, dtype=torch.float32)
+    other = edit_of(model, "orthogonalize", vector(8), about={"layer": 1})
+    save_edit(other, ablated / "edit.safetensors")
+    assert "original" in held(size=4)[1]
 
 
 def test_another_model_is_asked_itself(prepare, make_recipe, build_model, ablated):

@@ -18,16 +18,18 @@ from common.model import tokenizer_files
 from tests.editing import edit_of
 from tests.training import settings_of, taught
 from train.adapter import build_adapter
-from train.anchors import AnchorBatches, anchor_loss
+from train.anchors import AnchorBatches, anchor_and_stream_loss, anchor_loss
 from train.constraint import keep_ablated
 from train.pull import distance_from
 from train.stage import save
+from train.streams import Sketch
 from train.trainer import HealingTrainer, WeightedAnchor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # trl's and torch's own
 
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 ADAPTER = {"r": 4, "lora_alpha": 8}
+SKETCH = Sketch(8, (DIRECTION / DIRECTION.norm())[None])
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,15 @@ def rows(build_model, tokenizer):
     return rows
 
 
+@pytest.fixture(scope="module")
+def streamed(build_model, tokenizer):
+    """What another model answers, and its residual stream; lengths differ."""
+    teacher = build_model("llama", seed=9, dtype=torch.float32)
+    prompts = ["a", "the other one", "how is it", "why not", "x y z"]
+    settings = {"top_k": 20, "max_new_tokens": 5, "batch_size": 5}
+    return taught(teacher, tokenizer, prompts, **settings, sketch=SKETCH)
+
+
 @pytest.fixture
 def make_trainer(model, tokenizer, pairs, tmp_path):
     """Make a trainer on a copy of the model."""
@@ -93,6 +104,11 @@ def _steps(trainer):
 
 def _anchors(rows, weight=1.0, batch_size=5):
     return [WeightedAnchor("original", AnchorBatches(rows, batch_size, 0), weight)]
+
+
+def _streamed_anchors(rows, weight, residual_weight, batch_size=5):
+    batches = AnchorBatches(rows, batch_size, 0)
+    return [WeightedAnchor("original", batches, weight, SKETCH, residual_weight)]
 
 
 def _mean_divergence(model, rows):
@@ -158,18 +174,37 @@ def test_two_anchors_are_both_in_the_loss(make_trainer, model, rows):
     assert first["loss"] == pytest.approx(math.log(2) + one + 2 * other, abs=1e-4)
 
 
+def test_an_anchor_adds_the_mean_distance_of_its_stream_over_all_tokens(
+    make_trainer, model, streamed
+):
+    trainer = make_trainer(anchors=_streamed_anchors(streamed, 0.7, 3.0))
+    trainer.train()
+    first = _steps(trainer)[0]
+    with torch.no_grad():
+        found = [
+            anchor_and_stream_loss(model, model, [row], 2, torch.device("cpu"), SKETCH)[1]
+            for row in streamed
+        ]
+    far = float(sum(found)) / sum(len(row.tokens) for row in streamed)
+    near = _mean_divergence(model, streamed)
+    assert far > 0.1
+    assert first["residual/original"] == pytest.approx(far, abs=1e-5)
+    assert first["anchors/original"] == pytest.approx(near, abs=1e-5)
+    assert first["loss"] == pytest.approx(math.log(2) + 0.7 * near + 3.0 * far, abs=1e-4)
+
+
 @pytest.mark.parametrize("size", [3, 5])
-def test_accumulation_does_not_change_the_anchor(size, make_trainer, rows):
+def test_accumulation_does_not_change_the_anchor(size, make_trainer, streamed):
     logs = []
     for per_device, accumulation in ((1, 8), (2, 4), (8, 1)):
         trainer = make_trainer(
-            anchors=_anchors(rows, batch_size=size),
+            anchors=_streamed_anchors(streamed, 1.0, 1.0, batch_size=size),
             per_device_train_batch_size=per_device,
             gradient_accumulation_steps=accumulation,
         )
         trainer.train()
         logs.append(_steps(trainer))
-    for key in ("loss", "anchors/original"):
+    for key in ("loss", "anchors/original", "residual/original"):
         assert logs[1][0][key] == pytest.approx(logs[0][0][key], abs=1e-6)
         assert logs[2][0][key] == pytest.approx(logs[0][0][key], abs=1e-6)
         # The second step follows from the first one's gradients.
