@@ -32,6 +32,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "no residual stream": (),
     "no anchor to the original": (),
     "no anchor to the abliterated": (),
+    "no anchor to the abliterated, no constraint": ("train.keep_ablated=none",),
     "no constraint": ("train.keep_ablated=none",),
     "no pairs": ("train.trainer.loss_weights=[1e-9]",),
     "DPO at full weight": ("train.trainer.loss_weights=[1.0]",),
@@ -78,7 +79,7 @@ def build(architecture: str, seed: int) -> Path:
 
 def measure(patient: Path, architecture: str, seed: int, method: str) -> dict[str, Any]:
     """Run the recipe, and take out of results.json what healing is judged by."""
-    name = f"{architecture}-{seed}-{method.replace(' ', '-')}"
+    name = f"{architecture}-{seed}-{method.replace(',', '').replace(' ', '-')}"
     recipe = HOME / "recipes" / f"{name}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     source = "patient-daredevil.yaml" if method == "daredevil" else "patient.yaml"
@@ -137,8 +138,8 @@ def left_out(patient: Path, method: str) -> list[str]:
     if method == "no residual stream":
         anchors = [{**anchor, "residual": None} for anchor in recipe["train"]["anchors"]]
         return ["train.anchors=" + json.dumps(anchors).replace("runs/patient-model", str(patient))]
-    teacher = method.removeprefix("no anchor to the ")
-    if teacher != method:
+    teacher = method.partition(",")[0].removeprefix("no anchor to the ")
+    if method.startswith("no anchor to the "):
         anchors = [anchor for anchor in recipe["train"]["anchors"] if anchor["to"] != teacher]
         return ["train.anchors=" + json.dumps(anchors).replace("runs/patient-model", str(patient))]
     domain = method.removeprefix("without ")
