@@ -101,7 +101,10 @@ def test_in_float64_files_and_memory_agree_within_rounding(family, build_model, 
     apply_to_weights(model, edit)
     after = dict(loaded.named_parameters())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(after[name], parameter, rtol=0, atol=1e-13)
+        # transformers loads the routers of some families in float32, whatever is asked for; they are no writers.
+        assert after[name].dtype == torch.float64 or ".mlp.gate." in name, name
+        expected = parameter.to(after[name].dtype)
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-13)
     assert set(written) == set(edit.removals)
     for writer in find_writers(model):
         if writer.name in edit.removals:
