@@ -785,7 +785,7 @@ class ResidualTerm(Section):
     """Hold the residual stream itself to the teacher's, at every token and block, off the removed direction."""
 
     weight: Annotated[Number, _not_zero("so it has no effect; delete residual")] = Field(
-        default=30.0, gt=0, description="Weight in the loss of the mean squared relative distance."
+        default=10.0, gt=0, description="Weight in the loss of the mean squared relative distance."
     )
     size: Count = Field(
         default=64,

@@ -75,18 +75,17 @@ class Lessons:
         """One row per prompt."""
         return load_rows(self.path)
 
-    def sketch(self, model: nn.Module) -> Sketch | None:
-        """How streams are kept, if they are.
+    def sketch(self) -> Sketch | None:
+        """How the streams were kept that the file holds, if it holds any.
 
-        Args:
-            model: any of the two teachers, or the healed model.
+        What was left out is read from there: the model that is trained may be in 4 bits, or not there on this process.
         """
-        if self.size is None or self.edit is None:
-            return None
-        return Sketch(self.size, removed_from_stream(model, self.edit))
+        return None if self.size is None else Sketch(self.size, load_removed(self.path))
 
     def _make(self, model: PreTrainedModel) -> None:
-        answers = self.answers
+        answers, sketch = self.answers, None
+        if self.size is not None and self.edit is not None:
+            sketch = Sketch(self.size, removed_from_stream(model, self.edit))
         rows = teach(
             model,
             answers.shelf.tokenizer,
@@ -95,10 +94,10 @@ class Lessons:
             max_new_tokens=answers.max_new_tokens,
             top_k=self.top_k,
             batch_size=answers.batch_size,
-            sketch=self.sketch(model),
+            sketch=sketch,
         )
         if distributed.is_main():
-            save_rows(rows, self.path)
+            save_rows(rows, self.path, sketch)
 
 
 @torch.inference_mode()
@@ -153,13 +152,7 @@ def _teach_part(
     for batch in tqdm(
         parts, desc="teacher distributions", disable=not distributed.is_main(), leave=False
     ):
-        own = [texts[index] for index in batch]
-        prompts, answers = [prompt for prompt, _ in own], [answer for _, answer in own]
-        with residual.reading(teacher) as streams:
-            found = answer_logits(teacher, prompts, answers, pad_id)
-        kept: Sequence[Tensor | None] = [None] * len(batch)
-        if sketch is not None:
-            kept = sketch.of(streams, [[*prompt, *answer] for prompt, answer in own])
+        found, kept = _listen(teacher, [texts[index] for index in batch], pad_id, sketch)
         for index, logits, stream in zip(batch, found, kept, strict=True):
             logps = torch.log_softmax(logits.float(), dim=-1)
             top_logps, top_ids = logps.topk(min(top_k, logps.shape[-1]), dim=-1)
@@ -168,8 +161,23 @@ def _teach_part(
     return [rows[index] for index in range(len(texts))]
 
 
-def save_rows(rows: Sequence[TeacherRow], path: Path) -> None:
-    """Write an anchor's rows, whole or not at all."""
+def _listen(
+    teacher: PreTrainedModel,
+    texts: Sequence[tuple[list[int], list[int]]],
+    pad_id: int,
+    sketch: Sketch | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """The logits of each answer, and what is kept of each stream."""
+    prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
+    if sketch is None:
+        return answer_logits(teacher, prompts, answers, pad_id), [None] * len(texts)
+    with residual.reading(teacher) as streams:
+        logits = answer_logits(teacher, prompts, answers, pad_id)
+    return logits, sketch.of(streams, [[*prompt, *answer] for prompt, answer in texts])
+
+
+def save_rows(rows: Sequence[TeacherRow], path: Path, sketch: Sketch | None = None) -> None:
+    """Write an anchor's rows, and what their streams leave out, whole or not at all."""
     lengths = [[len(row.prompt), len(row.answer)] for row in rows]
     tensors = {
         "prompts": torch.tensor([token for row in rows for token in row.prompt], dtype=torch.int32),
@@ -178,8 +186,8 @@ def save_rows(rows: Sequence[TeacherRow], path: Path) -> None:
         "top_logps": torch.cat([row.top_logps for row in rows]),
     }
     streams = [row.streams for row in rows if row.streams is not None]
-    if streams:
-        tensors["streams"] = torch.cat(streams)
+    if sketch is not None:
+        tensors |= {"streams": torch.cat(streams), "removed": sketch.removed}
     path.parent.mkdir(parents=True, exist_ok=True)
     with artifacts.whole(path) as beside:
         save_file(tensors, beside, metadata={"healing": json.dumps({"lengths": lengths})})
@@ -204,6 +212,13 @@ def load_rows(path: Path) -> list[TeacherRow]:
         TeacherRow(prompt.tolist(), answer.tolist(), top_ids, top_logps, stream)
         for prompt, answer, top_ids, top_logps, stream in zip(*parts, streams, strict=True)
     ]
+
+
+def load_removed(path: Path) -> Tensor:
+    """The vectors [k, d_model] that the streams of a file leave out."""
+    with safe_open(path, framework="pt") as file:
+        removed: Tensor = file.get_tensor("removed")
+    return removed
 
 
 class AnchorBatches:

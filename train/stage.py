@@ -13,7 +13,7 @@ import datasets
 import torch
 import wandb
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from common import artifacts, distributed
@@ -251,7 +251,7 @@ def _build_trainer(
         peft_config=build_adapter(recipe.train.adapter)
         if recipe.train.adapter is not None
         else None,
-        anchors=_weighted_anchors(recipe, material, model),
+        anchors=_weighted_anchors(recipe, material),
         share_prompts=recipe.train.engine == "shared",
         references=_references(recipe, shelf),
     )
@@ -288,9 +288,7 @@ def _dataset(folder: Path) -> datasets.Dataset:
     )
 
 
-def _weighted_anchors(
-    recipe: Recipe, material: Material, model: PreTrainedModel
-) -> list[WeightedAnchor]:
+def _weighted_anchors(recipe: Recipe, material: Material) -> list[WeightedAnchor]:
     names: list[str] = []
     for anchor in recipe.train.anchors:
         same = sum(name.split(" ")[0] == anchor.to for name in names)
@@ -300,7 +298,7 @@ def _weighted_anchors(
             name,
             AnchorBatches(rows, anchor.batch_size, recipe.seed),
             anchor.weight,
-            lessons.sketch(model),
+            lessons.sketch(),
             anchor.residual.weight if anchor.residual is not None else 0.0,
         )
         for name, anchor, rows, lessons in zip(

@@ -212,6 +212,10 @@ def test_streams_are_kept_anew_for_another_size_or_edit_and_for_no_other_weight(
     first, loaded, asked = held(size=4)
     assert (loaded, asked) == (["original"], Counter()), "the answers are there"
     assert {row.streams.shape[1:] for row in first.anchors[0]} == {(3, 4)}
+    sketch, none = (lessons.sketch() for lessons in first.lessons)
+    unit = vector() / vector().norm()
+    assert (sketch.size, none) == (4, None)
+    assert abs(float(sketch.removed @ unit)) == pytest.approx(1, abs=1e-6)
     assert all(row.streams is None for row in first.anchors[1])
     _same(first, plain)
     assert held(size=4, weight=2.0)[1] == []

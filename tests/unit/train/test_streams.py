@@ -15,7 +15,13 @@ from common.edits import apply_to_weights
 from tests.editing import WIDTH, edit_of, vector
 from tests.training import taught
 from train.adapter import build_adapter
-from train.anchors import anchor_and_stream_loss, anchor_loss, load_rows, save_rows
+from train.anchors import (
+    anchor_and_stream_loss,
+    anchor_loss,
+    load_removed,
+    load_rows,
+    save_rows,
+)
 from train.streams import Sketch, distance, removed_from_stream
 
 PROMPTS = ["a", "How is the thing made?", "the other one", "x y"]
@@ -130,11 +136,13 @@ def test_the_kept_streams_are_the_teachers_whatever_stands_in_the_batch(
 
 
 def test_rows_with_streams_come_back_as_they_were_saved(teacher, tokenizer, tmp_path):
-    rows = _taught(teacher, tokenizer, Sketch(8, ONE))
-    save_rows(rows, tmp_path / "anchor.safetensors")
-    for one, other in zip(load_rows(tmp_path / "anchor.safetensors"), rows, strict=True):
+    sketch, path = Sketch(8, ONE), tmp_path / "anchor.safetensors"
+    rows = _taught(teacher, tokenizer, sketch)
+    save_rows(rows, path, sketch)
+    for one, other in zip(load_rows(path), rows, strict=True):
         assert one.tokens == other.tokens
         assert torch.equal(one.streams, other.streams)
+    assert torch.equal(load_removed(path), ONE)
 
 
 def test_the_distance_is_a_share_of_each_token():
