@@ -176,7 +176,10 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any]:
         },
         "refusal": refusal["restricted"],
         "over_refusal": refusal["common"],
-        "mean_kl": {model: divergence[model]["mean_kl"] for model in ("abliterated", "healed")},
+        **{
+            kl: {model: divergence[model][kl] for model in ("abliterated", "healed")}
+            for kl in ("mean_kl", "answered_kl")
+        },
         "worse": [name for name, row in benchmarks.items() if row["verdict"] == "worse"],
         "direction": results["direction"],
     }
@@ -185,6 +188,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any]:
 def line(row: Mapping[str, Any]) -> str:
     """One run in words."""
     recovery, unlocked, kl = row["pooled"]["recovery"], row["unlocked"], row["mean_kl"]
+    answered = row["answered_kl"]
     late = row["seconds_to_recovery"]
     pooled = (
         f"{recovery['value']:.2f} [{recovery['low']:.2f}, {recovery['high']:.2f}]"
@@ -194,7 +198,8 @@ def line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['shape']:<44} recovery {pooled}, unlocked {unlocked['healed']:.3f} of "
         f"{unlocked['abliterated']:.3f}, refusal {row['refusal']['value']:.3f}, over-refusal "
-        f"{row['over_refusal']['value']:.3f}, KL {kl['healed']:.4f} of {kl['abliterated']:.4f}, "
+        f"{row['over_refusal']['value']:.3f}, KL {kl['healed']:.4f} of {kl['abliterated']:.4f} "
+        f"({answered['healed']:.4f} of {answered['abliterated']:.4f} where the original answers), "
         f"worse: {', '.join(row['worse']) or 'none'}, {row['train_seconds']:.0f} s"
         + ("" if late is None else f", {RECOVERED:.0%} after {late:.0f} s")
     )

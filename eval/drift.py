@@ -21,6 +21,7 @@ def divergence_row(row: Row, items: Items) -> dict[str, Any]:
         **row.about,
         "n": len(items["healed"]),
         "num_tokens": sum(len(item.details["kl"]) for item in items["healed"]),
+        "num_answered": sum(map(_is_answered, items["healed"])),
         **{model: _divergence(items[model]) for model in compared},
         "cross_entropy": {
             "original": _per_token(items["healed"], "original_nll"),
@@ -51,16 +52,24 @@ def _divergence(items: Sequence[Item]) -> dict[str, Any]:
     kls = [np.asarray(item.details["kl"], dtype=np.float64) for item in items]
     kl = np.concatenate(kls)
     reverse = np.concatenate([np.asarray(i.details["reverse_kl"], dtype=np.float64) for i in items])
+    answered = [one for one, item in zip(kls, items, strict=True) if _is_answered(item)]
     later = np.concatenate([one[1:] for one in kls])
     num_agreeing = sum(item.details["top1_agreements"] for item in items)
     return {
         **_spread(kl),
+        # Where the original refuses, an edit that removes refusals is meant to move the model.
+        "answered_kl": float(np.concatenate(answered).mean()) if answered else None,
         "top1_agreement": num_agreeing / len(kl),
         "first_token_kl": float(np.mean([one[0] for one in kls])),
         "after_first_token_kl": float(later.mean()) if len(later) else None,
         "by_position": _by_position(kls),
         "reverse": _spread(reverse),
     }
+
+
+def _is_answered(item: Item) -> bool:
+    """Whether the original does not refuse this prompt."""
+    return not item.details["original_refuses"]
 
 
 def _spread(kl: Floats) -> dict[str, float]:

@@ -31,7 +31,7 @@ from eval.report import questions
 from eval.results import Limits, Settings
 from eval.subjects import load_subject
 
-VERSION = 6
+VERSION = 7
 # What can change a number; the versions go into results.json, not into the fingerprint.
 LIBRARIES = (
     "torch",

@@ -100,6 +100,7 @@ def divergence(kl: float) -> dict[str, Any]:
         **spread,
         "top1_agreement": 0.987,
         "first_token_kl": kl / 4,
+        "answered_kl": kl / 5,
         "after_first_token_kl": kl / 3,
         "by_position": [
             {"from": a, "to": b, "n": 10 * (b - a), "mean_kl": kl * (a + 1)} for a, b in bins
@@ -147,6 +148,7 @@ def results() -> dict[str, Any]:
                 "name": "prompts",
                 "n": 3,
                 "num_tokens": 150,
+                "num_answered": 2,
                 "abliterated": divergence(0.0625),
                 "healed": divergence(0.03125),
                 "cross_entropy": by_model(0.51, 0.62, 0.53),

@@ -2,13 +2,15 @@
 
 Both models read the original's own greedy answers to a panel of prompts (teacher forcing), and the
 divergences KL(original || model) and KL(model || original) are taken at every token, the one that
-ends the answer included. Beside them stands what each model answers itself: how long its greedy
+ends the answer included. Which of those answers refuse is noted: a model that has lost a refusal is
+far from the original there, and was meant to be. Beside them stands what each model answers itself: how long its greedy
 answers are, and how much they repeat themselves.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -20,6 +22,7 @@ from common.divergence import answer_logits, batches, kl_divergence, repetition,
 from common.errors import StageError
 from common.prompts import load_prompts
 from common.recipe import Divergence
+from common.refusal import judge
 from eval.answer_cache import AnswerCache, generate
 from eval.benchmarks import Subject
 from eval.items import Item, Row
@@ -137,6 +140,7 @@ class Panel:
             "top1_agreements": found.top1_agreements,
             "original_nll": found.original_nll,
             "nll": found.nll,
+            "original_refuses": self._original_refuses[index],
             "original_answer": self._about(self.own_answers[index]),
             "answer": self._about(answer),
         }
@@ -148,6 +152,15 @@ class Panel:
                 "for NaN or -inf in its weights and logits"
             )
         return Item("divergence", self.spec.panel, subject.name, index, value, details=details)
+
+    @cached_property
+    def _original_refuses(self) -> list[bool]:
+        """Whether the original refuses each prompt."""
+        said = self.tokenizer.batch_decode(self.own_answers, skip_special_tokens=True)
+        return [
+            judge(answer, prompt).is_refusal
+            for answer, prompt in zip(said, self.prompts, strict=True)
+        ]
 
     def _about(self, answer: list[int]) -> dict[str, float]:
         """Length and repetition of an answer, and whether it was cut."""

@@ -12,6 +12,7 @@ Row = Mapping[str, Any]
 # Fields of a divergence by their heads, in the order of the table.
 SPREAD = {
     "mean_kl": "mean",
+    "answered_kl": "where the original answers",
     "median_kl": "median",
     "p95_kl": "p95",
     "p99_kl": "p99",
@@ -42,9 +43,19 @@ def _divergences(rows: Sequence[Row]) -> Section:
         "divergence",
         "How far the models have moved from the original",
         "Kullback-Leibler divergence from the original on its own answers, nats per token, and the share of tokens of "
-        "which both hold the same to be the likeliest. Reverse: the other way round, from the model to the original.",
+        "which both hold the same to be the likeliest. Where the original refuses, an edit that removes "
+        "refusals is meant to move the model: the prompts that it answers stand alone too. Reverse: the other way "
+        "round, from the model to the original.",
         [],
-        ["Panel", "Model", "Tokens", *SPREAD.values(), "same top token", "reverse, mean"],
+        [
+            "Panel",
+            "Model",
+            "Tokens",
+            "Answered",
+            *SPREAD.values(),
+            "same top token",
+            "reverse, mean",
+        ],
         [_divergence(row, model) for row in rows for model in MODELS[1:]],
         folded=False,
     )
@@ -57,6 +68,7 @@ def _divergence(row: Row, model: str) -> list[object]:
         row["name"],
         model,
         figure(f"divergence[{row['name']}].num_tokens", row["num_tokens"], "d"),
+        figure(f"divergence[{row['name']}].num_answered", row.get("num_answered"), "d"),
         *(figure(f"{path}.{key}", found.get(key), ".4f") for key in SPREAD),
         figure(f"{path}.top1_agreement", found["top1_agreement"]),
         figure(f"{path}.reverse.mean_kl", reverse.get("mean_kl"), ".4f"),

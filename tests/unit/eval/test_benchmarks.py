@@ -306,6 +306,22 @@ def test_every_models_own_answers_are_measured(
     assert second.details["answer"]["was_cut"] is False
 
 
+def test_a_divergence_says_which_prompts_the_original_refuses(
+    byte_tokenizer, make_model, tmp_path, monkeypatch
+) -> None:
+    original, model = make_model(0), make_model(1)
+    refusing, answering = (
+        byte_tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("I'm sorry, I cannot help with that.", "Soak bark and salt with clay.")
+    )
+    # The other model's own refusals are no matter.
+    answers = {id(original): [refusing, answering, answering], id(model): [refusing] * 3}
+    monkeypatch.setattr(divergence, "generate", lambda asked, *_, **__: answers[id(asked)])
+    panel = divergence_panel(byte_tokenizer, tmp_path, max_new_tokens=64)
+    items = panel.score(subject(model, "healed", original))
+    assert [item.details["original_refuses"] for item in items] == [True, False, False]
+
+
 def test_a_divergence_that_is_no_number_stops_the_stage(
     byte_tokenizer, make_model, tmp_path
 ) -> None:

@@ -62,6 +62,7 @@ def planted() -> list[Item]:
                     "top1_agreements": 3,
                     "original_nll": 0.2,
                     "nll": 0.9,
+                    "original_refuses": index == 1,
                     "original_answer": {"num_tokens": 3, "was_cut": False, "repetition": 0.0},
                     "answer": {"num_tokens": 4, "was_cut": index == 0, "repetition": 0.5},
                 }
@@ -112,6 +113,8 @@ def test_refusals_and_divergences_are_those_of_their_items() -> None:
     assert refusal["gap"]["value"] == pytest.approx(-39 / 40)
     assert divergence["num_tokens"] == 7
     assert divergence["abliterated"]["mean_kl"] == pytest.approx((0.8 + 0.6) / 7)
+    assert divergence["num_answered"] == 1
+    assert divergence["abliterated"]["answered_kl"] == pytest.approx(0.8 / 4)
     assert divergence["abliterated"]["median_kl"] == pytest.approx(0.1)
     assert divergence["abliterated"]["first_token_kl"] == pytest.approx(0.5)
     assert divergence["healed"]["top1_agreement"] == pytest.approx(6 / 7)
