@@ -33,6 +33,14 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "no anchor to the original": (),
     "no anchor to the abliterated": (),
     "no anchor to the abliterated, no constraint": ("train.keep_ablated=none",),
+    # The direction removed, as everybody does, instead of mirrored: what `keep_ablated` is for.
+    **{
+        f"no anchor to the abliterated, strength 1, {mode}": (
+            "abliteration.edit.strength=1.0",
+            f"train.keep_ablated={mode}",
+        )
+        for mode in ("none", "soft", "hard")
+    },
     "no constraint": ("train.keep_ablated=none",),
     "no pairs": ("train.trainer.loss_weights=[1e-9]",),
     "DPO at full weight": ("train.trainer.loss_weights=[1.0]",),
