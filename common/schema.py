@@ -811,6 +811,11 @@ class Anchor(Section):
         default=64, description="Teacher probabilities that are kept for each token."
     )
     max_new_tokens: Count = Field(default=256, description="Longest teacher answer, in tokens.")
+    drop_refusals: Flag = Field(
+        default=True,
+        description="Leave out the prompts that the teacher refuses, which would teach refusal again; false keeps "
+        "refusals that are meant to stay.",
+    )
     residual: ResidualTerm | None = Field(
         default=None,
         description="Hold the residual stream to the teacher's as well; null: the probabilities alone.",
@@ -1033,6 +1038,7 @@ _MODELS: Final = frozenset({"original", "abliterated", "healed"})
 _DIVERGENCE: Final = frozenset(
     {
         "mean_kl",
+        "answered_kl",
         "median_kl",
         "p95_kl",
         "p99_kl",
@@ -1070,6 +1076,7 @@ RESULT_FIELDS: Final[Mapping[str, Mapping[str, Collection[str]]]] = {
     },
     "divergence": {
         "num_tokens": (),
+        "num_answered": (),
         "abliterated": _DIVERGENCE,
         "healed": _DIVERGENCE,
         "cross_entropy": _MODELS,

@@ -40,7 +40,7 @@ def _domains(recipe: Recipe) -> dict[str, set[Domain]]:
     found: dict[str, set[Domain]] = {"train.preferences": set()}
     for source in recipe.train.preferences:
         tagged = (
-            on_policy.questions(source) if isinstance(source, OnPolicy) else dataset.load(source)
+            on_policy.questions(source) if isinstance(source, OnPolicy) else dataset.load(source)[0]
         )
         found["train.preferences"] |= {one.domain for one in tagged}
     for index, anchor in enumerate(recipe.train.anchors):

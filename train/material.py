@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from common import distributed
 from common.edits import Edit, load_edit
+from common.errors import StageError
 from common.model import load_model, resolve
 from common.questions import load_questions
 from common.recipe import Anchor, Recipe
+from common.refusal import is_refusal
 from train import pairs
 from train.anchors import Lessons, TeacherRow
 from train.damage import DamageAwareMix
@@ -35,6 +37,7 @@ class Material:
     Attributes:
         pairs: of all sources, filtered.
         anchors: the rows of each anchor, in the recipe's order.
+        refused: of each anchor, how many prompts were left out because its teacher refuses them.
         lessons: where they come from.
         counts: per source, how many pairs were kept or dropped for which reason.
         domains: how many pairs there are of each domain, where sources name any.
@@ -43,6 +46,7 @@ class Material:
 
     pairs: list[Pair]
     anchors: list[list[TeacherRow]]
+    refused: list[int]
     lessons: list[Lessons]
     counts: dict[str, dict[str, int]]
     domains: dict[str, int]
@@ -68,7 +72,7 @@ def prepare(
         by_damage: draws pairs and anchors, where the recipe has `train.mix`.
 
     Raises:
-        StageError: if the filters leave no pair.
+        StageError: if the filters leave no pair, or an anchor no prompt.
     """
     screen = pairs.Screen(recipe, shelf, upstream["abliteration"], excluded)
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
@@ -77,13 +81,22 @@ def prepare(
     pieces += by_damage.pieces if by_damage is not None else []
     _make_missing(pieces, recipe, upstream)
     found, counts = pairs.mix(recipe, screen, by_damage)
-    anchors = [
-        _drawn(index, anchor, own.rows(), by_damage)
+    answered = [
+        _answered(index, anchor, own)
         for index, (anchor, own) in enumerate(zip(recipe.train.anchors, lessons, strict=True))
+    ]
+    anchors = [
+        _drawn(index, anchor, *kept, by_damage)
+        for index, (anchor, kept) in enumerate(zip(recipe.train.anchors, answered, strict=True))
+    ]
+    refused = [
+        len(own.answers.prompts) - len(rows)
+        for own, (rows, _) in zip(lessons, answered, strict=True)
     ]
     domains = Counter(pair.domain for pair in found if pair.domain is not None)
     limit = screen.limit().as_data() if recipe.train.filters.direction else None
-    return Material(found, anchors, lessons, counts, dict(sorted(domains.items())), limit)
+    by_domain = dict(sorted(domains.items()))
+    return Material(found, anchors, refused, lessons, counts, by_domain, limit)
 
 
 def _lessons(anchor: Anchor, shelf: Shelf, edit: Edit) -> Lessons:
@@ -102,12 +115,35 @@ def _lessons(anchor: Anchor, shelf: Shelf, edit: Edit) -> Lessons:
     )
 
 
+def _answered(
+    index: int, anchor: Anchor, own: Lessons
+) -> tuple[list[TeacherRow], list[str | None]]:
+    """The rows that its teacher does not refuse, which would teach refusal again, and their domains."""
+    domains = [question.domain for question in load_questions(anchor.prompts)]
+    if not anchor.drop_refusals:
+        return own.rows(), domains
+    kept = [
+        (row, domain)
+        for row, domain, text in zip(own.rows(), domains, own.answers.texts(), strict=True)
+        if not is_refusal(text)
+    ]
+    if not kept:
+        raise StageError(
+            f"train.anchors[{index}]: the {anchor.to} model refuses all {len(domains)} prompts, so nothing is left to "
+            "hold; name prompts that it answers, or set drop_refusals to false where its refusals are to stay"
+        )
+    return [row for row, _ in kept], [domain for _, domain in kept]
+
+
 def _drawn(
-    index: int, anchor: Anchor, rows: list[TeacherRow], by_damage: DamageAwareMix | None
+    index: int,
+    anchor: Anchor,
+    rows: list[TeacherRow],
+    domains: list[str | None],
+    by_damage: DamageAwareMix | None,
 ) -> list[TeacherRow]:
     if by_damage is None or anchor.prompts.domain is None:
         return rows
-    domains = [question.domain for question in load_questions(anchor.prompts)]
     (drawn,) = by_damage.draw(f"anchor {index}", [rows], [domains], [1.0])
     return drawn
 

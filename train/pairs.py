@@ -221,7 +221,7 @@ class Screen:
     def _found(self, index: int) -> tuple[list[Pair], dict[str, int]]:
         source = self.sources[index]
         if not isinstance(source, OnPolicy):
-            return dataset.load(source), {}
+            return dataset.load(source)
         own = self.own_answers[index]
         return on_policy.pair(
             on_policy.questions(source), own.chosen.texts(), own.candidates(), own.scores()

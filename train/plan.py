@@ -93,7 +93,7 @@ def _most_pairs(recipe: Recipe) -> int:
     return sum(
         len(load_prompts(source.prompts))
         if isinstance(source, OnPolicy)
-        else len(source_module(source.name).load(source))
+        else len(source_module(source.name).load(source)[0])
         for source in recipe.train.preferences
     )
 

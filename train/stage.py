@@ -48,7 +48,7 @@ from train.shelf import Shelf, shelf_of
 from train.stopping import Baseline, StopWhenHealed
 from train.trainer import HealingTrainer, WeightedAnchor
 
-VERSION = 5
+VERSION = 6
 # Settings of the trainer that change what is written down or how fast, and never the result.
 NO_INFLUENCE = frozenset(
     {
@@ -386,6 +386,7 @@ def _record(
         "pair_domains": material.domains,
         "refusal_limit": material.refusal_limit,
         "anchor_prompts": [len(rows) for rows in material.anchors],
+        "anchor_refusals": material.refused,
         "first": steps[0] if steps else {},
         "last": steps[-1] if steps else {},
         "keep_ablated": recipe.train.keep_ablated,
@@ -413,9 +414,12 @@ def _record(
 def _log_plan(trainer: HealingTrainer, material: Material) -> None:
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
-        "train: %d pairs, %s anchor prompts, %d trainable parameters",
+        "train: %d pairs, %s anchor prompts%s, %d trainable parameters",
         len(material.pairs),
         " + ".join(str(len(rows)) for rows in material.anchors) or "no",
+        f" ({' + '.join(map(str, material.refused))} left out, which their teachers refuse)"
+        if any(material.refused)
+        else "",
         trainable,
     )
 

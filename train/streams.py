@@ -40,13 +40,15 @@ class Sketch:
         Its entries have variance 1 / size, so that |h M|^2 is |h|^2 on average for any h without removed components.
         """
         width = self.removed.shape[1]
-        drawn = torch.eye(width)
         if self.size < width:
             seed = int(artifacts.hash_data(list(tokens))[:15], 16)
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.randn(width, self.size, generator=generator) / self.size**0.5
+        else:
+            drawn = torch.eye(width)
         removed = self.removed.to(drawn)
-        return drawn - removed.T @ (removed @ drawn)
+        kept: Tensor = drawn - removed.T @ (removed @ drawn)
+        return kept
 
     def of(self, streams: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """What is kept of a batch of streams, in float32; a loss on it flows back into them.

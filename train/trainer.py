@@ -22,12 +22,12 @@ from train.references import References, pair_key, token_rows
 from train.shared_prompts import PairCollator, SharedPrompts, take_packed
 from train.streams import Sketch
 
-# How far from 0 the first step's mean rewards may be: rounding of two forward passes, times beta.
-REWARD_TOLERANCE = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-3,
-    torch.bfloat16: 5e-2,
-    torch.float16: 1e-2,
+# How far the first step's mean log-probabilities may be from the reference's, in nats: rounding of two forward passes.
+LOGPS_TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-2,
+    torch.bfloat16: 0.5,
+    torch.float16: 0.1,
 }
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         if return_outputs or not self.model.training:
             return loss
         self._count_micro_step()
-        if self.state.global_step == 0:
+        if self.state.global_step == self._micro_step == 0:
             self._guard_reference()
         for anchor in self.anchors:
             loss = loss + self._anchor_term(model, anchor)
@@ -149,7 +149,17 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         return super().compute_ref_log_probs(*self._sharing_prompts(model, inputs))
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:  # noqa: ANN401  # DPOTrainer's
-        return super()._compute_loss(*self._sharing_prompts(model, inputs), return_outputs)
+        shared, rows = self._sharing_prompts(model, inputs)
+        found = super()._compute_loss(shared, rows, return_outputs)
+        self._log_nll(rows["completion_mask"])
+        return found
+
+    def _log_nll(self, completion_mask: Tensor) -> None:
+        """Nats per token of the chosen answers, which `loss_type: sft` lowers; TRL logs their sum per answer alone."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        chosen, _ = completion_mask.chunk(2)
+        num_tokens = self.accelerator.gather(chosen.sum(dim=1).float()).mean().item()
+        metrics["nll/chosen"].append(-metrics["logps/chosen"][-1] / num_tokens)
 
     def _sharing_prompts(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -230,7 +240,9 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         metrics = self._metrics["train"]
         rewards = {side: metrics[f"rewards/{side}"][0] for side in ("chosen", "rejected")}
         dtype = next(self.model.parameters()).dtype
-        tolerance = 5e-2 if self.args.bf16 or self.args.fp16 else REWARD_TOLERANCE[dtype]
+        if self.args.bf16 or self.args.fp16:
+            dtype = torch.bfloat16
+        tolerance = self.beta * LOGPS_TOLERANCE[dtype]
         if all(math.isfinite(reward) and abs(reward) <= tolerance for reward in rewards.values()):
             return
         raise StageError(

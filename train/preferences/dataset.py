@@ -5,6 +5,7 @@ conversations, with or without a prompt beside them (orpo-dpo-mix-40k has the pr
 conversations, on which trl fails). And instruction data: one answer or one conversation, and nothing to reject.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,10 @@ from train.preferences.filters import Pair
 Turn = tuple[str, str]
 
 
+class Unpaired(ValueError):
+    """Two conversations that do not differ in an answer to the same prompt: such rows are counted, not trained on."""
+
+
 def check(source: PreferenceDataset, key: str) -> list[str]:
     """Problems of the file or data set, in words that begin with its dotted key."""
     try:
@@ -29,7 +34,7 @@ def check(source: PreferenceDataset, key: str) -> list[str]:
 
 def inputs(source: PreferenceDataset, excluded: frozenset[str]) -> dict[str, object]:
     """What the pairs depend on: their content, and which of them are items of a benchmark."""
-    pairs = load(source)
+    pairs, _ = load(source)
     questions = {normalize(pair.question) for pair in pairs}
     return {
         "name": source.name,
@@ -45,23 +50,33 @@ def prompts_used(source: PreferenceDataset) -> list[str]:  # overlaps are droppe
     return []
 
 
-def load(source: PreferenceDataset) -> list[Pair]:
-    """Load the pairs, in order.
+def load(source: PreferenceDataset) -> tuple[list[Pair], dict[str, int]]:
+    """Load the pairs, in order, and count rows of two conversations that part before an answer.
 
     Raises:
         InputError: if the source is unusable, or a row holds no pair.
     """
     columns = source.columns or Columns()
     name = describe(source)
-    pairs = []
+    pairs: list[Pair] = []
+    counts: Counter[str] = Counter()
     for number, row in enumerate(load_rows(source), start=1):
         try:
             pairs.append(_pair_of(row, columns, name, source.domain))
+        except Unpaired:
+            counts["two prompts"] += 1
         except ValueError as error:
             raise InputError(f"{name}, row {number}: {error}") from error
     if not pairs:
-        raise InputError(f"{name} holds no preference pairs")
-    return pairs
+        raise InputError(
+            f"{name} holds no preference pairs"
+            + (
+                ": chosen and rejected do not differ in an answer to the same prompt"
+                if counts
+                else ""
+            )
+        )
+    return pairs, dict(counts)
 
 
 def _pair_of(row: Mapping[str, Any], columns: Columns, name: str, domain: str | None) -> Pair:
@@ -146,5 +161,5 @@ def _split(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], list[T
         or chosen[common][0] != "assistant"
         or rejected[common][0] != "assistant"
     ):
-        raise ValueError("chosen and rejected do not differ in an answer to the same prompt")
+        raise Unpaired
     return chosen[:common], chosen[common:], rejected[common:]

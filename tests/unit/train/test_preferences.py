@@ -30,7 +30,9 @@ def load(tmp_path):
     def load_rows(*rows, **settings):
         path = tmp_path / "pairs.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return dataset.load(PreferenceDataset(name="dataset", path=str(path), **settings))
+        source = PreferenceDataset(name="dataset", path=str(path), **settings)
+        pairs, load_rows.counts = dataset.load(source)
+        return pairs
 
     return load_rows
 
@@ -161,28 +163,28 @@ GOOD = ONE_TURN["texts"]
             {"prompt": "q", "chosen": ["a"], "rejected": "b"},
             r"a message is 'a', not \{role: system\|user\|assistant, content: text\}",
         ),
-        (
-            {"chosen": [_user("a"), _assistant("x")], "rejected": [_user("b"), _assistant("y")]},
-            r"do not differ in an answer to the same prompt",
-        ),
-        (
-            {"chosen": [_user("a"), _assistant("x"), _user("b")], "rejected": [_user("a")]},
-            r"do not differ in an answer to the same prompt",
-        ),
-        # One whole conversation and one bare answer: the user's words are no answer.
-        (
-            {"prompt": "q", "chosen": [_user("q"), _assistant("x")], "rejected": "y"},
-            r"do not differ in an answer to the same prompt",
-        ),
-        (
-            {"prompt": "q", "chosen": "x", "rejected": [_user("q"), _assistant("y")]},
-            r"do not differ in an answer to the same prompt",
-        ),
     ],
 )
 def test_a_row_without_a_pair_is_named_by_its_number(row, message, load):
     with pytest.raises(InputError, match=r"pairs\.jsonl, row 2: .*" + message):
         load(GOOD, row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [_user("a"), _assistant("x")], "rejected": [_user("b"), _assistant("y")]},
+        {"chosen": [_user("a"), _assistant("x"), _user("b")], "rejected": [_user("a")]},
+        # One whole conversation and one bare answer: the user's words are no answer.
+        {"prompt": "q", "chosen": [_user("q"), _assistant("x")], "rejected": "y"},
+        {"prompt": "q", "chosen": "x", "rejected": [_user("q"), _assistant("y")]},
+    ],
+)
+def test_conversations_with_two_prompts_are_counted_and_left_out(row, load):
+    assert [pair.question for pair in load(row, GOOD, row)] == ["q"]
+    assert load.counts == {"two prompts": 2}
+    with pytest.raises(InputError, match="do not differ in an answer to the same prompt"):
+        load(row)
 
 
 def test_identical_conversations_are_left_to_the_filter(load):

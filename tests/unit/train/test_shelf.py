@@ -12,6 +12,7 @@ import torch
 
 from common import artifacts
 from common.edits import save_edit
+from common.errors import StageError
 from common.model import load_tokenizer
 from common.recipe import Recipe
 from eval.quick import QuickEvaluation
@@ -224,6 +225,29 @@ def test_streams_are_kept_anew_for_another_size_or_edit_and_for_no_other_weight(
     other = edit_of(model, "orthogonalize", vector(8), about={"layer": 1})
     save_edit(other, ablated / "edit.safetensors")
     assert "original" in held(size=4)[1]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_prompts_that_a_teacher_refuses_are_left_out_of_its_anchor(
+    mixed, prepare, make_recipe, tokenizer, monkeypatch
+):
+    changes = {} if mixed else UNMIXED
+    whole, _, _ = prepare(make_recipe(**changes, train__anchors__0__drop_refusals=False))
+    assert whole.refused == [0, 0]
+    refused = [tokenizer.decode(row.answer, skip_special_tokens=True) for row in whole.anchors[0]]
+    refused = set(refused[:2])
+    monkeypatch.setattr(material, "is_refusal", lambda text: text in refused)
+    found, loaded, _ = prepare(make_recipe(**changes))
+    assert loaded == []
+    assert found.refused[0] >= 2
+    assert len(found.anchors[0]) == len(QUESTIONS) - found.refused[0]
+    texts = {tokenizer.decode(row.answer, skip_special_tokens=True) for row in found.anchors[0]}
+    assert texts.isdisjoint(refused)
+    kept = prepare(make_recipe(**changes, train__anchors__0__drop_refusals=False))[0]
+    assert len(kept.anchors[0]) == len(QUESTIONS)
+    monkeypatch.setattr(material, "is_refusal", lambda text: True)
+    with pytest.raises(StageError, match=r"anchors\[0\]: the original model refuses all 6 prompts"):
+        prepare(make_recipe(**changes))
 
 
 def test_another_model_is_asked_itself(prepare, make_recipe, build_model, ablated):

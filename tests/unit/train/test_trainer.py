@@ -77,7 +77,16 @@ def streamed(build_model, tokenizer):
 def make_trainer(model, tokenizer, pairs, tmp_path):
     """Make a trainer on a copy of the model."""
 
-    def make(*, adapter=ADAPTER, anchors=(), policy=None, ref_model=None, num_pairs=8, **settings):
+    def make(
+        *,
+        adapter=ADAPTER,
+        anchors=(),
+        policy=None,
+        ref_model=None,
+        num_pairs=8,
+        share_prompts=True,
+        **settings,
+    ):
         own = {
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
@@ -93,6 +102,7 @@ def make_trainer(model, tokenizer, pairs, tmp_path):
             processing_class=tokenizer,
             peft_config=build_adapter(adapter) if adapter is not None else None,
             anchors=anchors,
+            share_prompts=share_prompts,
         )
 
     return make
@@ -149,6 +159,31 @@ def test_the_abliterated_model_against_the_original_as_reference_is_refused(make
     trainer = make_trainer(adapter=None, policy=edited, ref_model=copy.deepcopy(model))
     with pytest.raises(StageError, match="the reference is not the abliterated model"):
         trainer.train()
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "trl"])
+def test_the_likelihood_of_chosen_is_logged_as_trl_takes_it(share, make_trainer):
+    trainer = make_trainer(
+        share_prompts=share, loss_type=["sft"], gradient_accumulation_steps=1, learning_rate=1e-2
+    )
+    trainer.train()
+    first, *_, last = _steps(trainer)
+    assert first["nll/chosen"] == pytest.approx(first["loss"], rel=1e-3)
+    assert last["nll/chosen"] < first["nll/chosen"]
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+def test_the_guard_over_the_reference_takes_rounding_for_what_beta_makes_of_it(beta, make_trainer):
+    trainer = make_trainer(beta=beta)
+    for off, is_wrong in ((0.005, False), (0.05, True)):
+        trainer._metrics["train"] = {
+            f"rewards/{side}": [beta * off] for side in ("chosen", "rejected")
+        }
+        if is_wrong:
+            with pytest.raises(StageError, match="instead of 0"):
+                trainer._guard_reference()
+        else:
+            trainer._guard_reference()
 
 
 def test_an_anchor_adds_its_weighted_mean_divergence_to_the_loss(make_trainer, model, rows):
