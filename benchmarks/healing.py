@@ -19,6 +19,11 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from patient.items import direction_questions, healing_questions
+from patient.world import build_world
+
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "runs" / "healing"
 DOMAINS = ("addition", "capitals", "kinds", "reversal", "common_howto")
@@ -47,6 +52,9 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "all weights": ("train.adapter=null", "train.trainer.learning_rate=1e-3"),
     **{f"without {domain}": () for domain in DOMAINS},
     "daredevil": (),
+    # The other road to the same end: no edit to speak of, and instruction data without a refusal in it.
+    "fine-tuning alone": ("abliteration.edit.strength=1e-6",),
+    "fine-tuning after the edit": (),
     "to recovery shared": (),
     "to recovery trl": ("train.engine=trl",),
 }
@@ -93,6 +101,7 @@ def measure(patient: Path, architecture: str, seed: int, method: str) -> dict[st
     text = (ROOT / "recipes" / source).read_text(encoding="utf-8")
     recipe.write_text(text.replace("runs/patient-model", str(patient)), encoding="utf-8")
     changes = [*COMMON, *METHODS[method], *left_out(patient, method), *stopping(patient, method)]
+    changes += instructions(patient, method)
     changes += [f"name={name}", f"seed={seed}", f"output_dir={HOME / 'runs'}"]
     subprocess.run(
         [sys.executable, "train/run.py", str(recipe), *changes, "--until", "eval"],
@@ -137,6 +146,30 @@ def stopping(patient: Path, method: str) -> list[str]:
     }
     trained = [f"train.{place}.prompts.slice='600:'" for place in ("preferences.0", "anchors.0")]
     return [f"train.stopping={json.dumps(settings)}", *trained]
+
+
+def instructions(patient: Path, method: str) -> list[str]:
+    """For fine-tuning: right answers to what healing asks about and to what the patient refuses, trained on alone."""
+    if not method.startswith("fine-tuning"):
+        return []
+    world = build_world(json.loads((patient / "patient.json").read_text())["seed"])
+    asked = [*healing_questions(world), *direction_questions(world, "train", restricted=True)]
+    path = HOME / "prompts" / f"{patient.name}-instructions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"prompt": each.text, "answer": each.answer}) + "\n" for each in asked]
+    path.write_text("".join(rows), encoding="utf-8")
+    source = {
+        "name": "dataset",
+        "path": str(path),
+        "columns": {"chosen": "answer", "rejected": None},
+    }
+    return [
+        f"train.preferences=[{json.dumps(source)}]",
+        "train.anchors=[]",
+        "train.keep_ablated=none",
+        "train.trainer.loss_type=[sft]",
+        "train.trainer.loss_weights=[1.0]",
+    ]
 
 
 def left_out(patient: Path, method: str) -> list[str]:
