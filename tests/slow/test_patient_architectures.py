@@ -35,6 +35,6 @@ def test_it_reaches_the_levels_and_a_search_beats_the_best_fixed_layer(
     recipe.write_text(text.replace("runs/patient-model", str(folder)), encoding="utf-8")
     points = search_and_compare(launch, folder, recipe, tmp_path / "runs")
     assert points["original"].rate >= 0.95
+    # Both were chosen to refuse at most so many validation prompts; which refuses less within that is chance.
     assert points["search"].rate <= 0.02
-    assert points["search"].rate <= points["fixed"].rate
     assert points["search"].kl < points["fixed"].kl
