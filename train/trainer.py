@@ -161,7 +161,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         if self.aux_loss_enabled:
             # The balance of experts counts tokens: a prompt read once would count once.
             return model, rows
-        return SharedPrompts(model, self._inner(), packed), rows
+        return SharedPrompts(model, self._inner(model), packed), rows
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference's log-probabilities to a data set; only pairs that nobody has computed are."""
@@ -214,15 +214,17 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         pad_id, device = self._tokenizer.pad_token_id, self.accelerator.device
         if anchor.sketch is None:
             return anchor_loss(model, rows, pad_id, device), None
-        return anchor_and_stream_loss(model, self._inner(), rows, pad_id, device, anchor.sketch)
+        return anchor_and_stream_loss(
+            model, self._inner(model), rows, pad_id, device, anchor.sketch
+        )
 
     def _log_mean(self, name: str, term: Tensor) -> None:
         """Note a term for TRL's metrics, averaged over the processes."""
         self._metrics["train"][name].append(self.accelerator.gather(term.detach()).mean().item())
 
-    def _inner(self) -> Any:  # noqa: ANN401  # a transformers model
-        """The model itself, without what accelerate and peft wrap around it."""
-        inner = self.accelerator.unwrap_model(self.model)
+    def _inner(self, model: nn.Module) -> Any:  # noqa: ANN401  # a transformers model
+        """The policy or the reference itself, without what accelerate and peft wrap around it."""
+        inner = self.accelerator.unwrap_model(model)
         return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
     def _guard_reference(self) -> None:

@@ -82,7 +82,6 @@ def make_trainer(model, tokenizer, pairs, tmp_path):
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "lr_scheduler_type": "linear",
-            "precompute_ref_log_probs": ref_model is None,
         }
         torch.manual_seed(0)  # the adapter's initial values
         return HealingTrainer(
@@ -134,9 +133,12 @@ def test_training_begins_at_the_reference(adapter, precompute, make_trainer, mod
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
-def test_a_reference_that_is_another_model_is_refused(adapter, make_trainer, build_model):
+@pytest.mark.parametrize("precompute", [True, False])
+def test_a_reference_that_is_another_model_is_refused(
+    adapter, precompute, make_trainer, build_model
+):
     other = build_model("llama", seed=5, dtype=torch.float32)
-    trainer = make_trainer(adapter=adapter, ref_model=other)
+    trainer = make_trainer(adapter=adapter, ref_model=other, precompute_ref_log_probs=precompute)
     with pytest.raises(
         StageError, match=r"before the first update the rewards are .* instead of 0"
     ):
