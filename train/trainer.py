@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trl import DPOTrainer
 
 from common import distributed
+from common.branches import plan
 from common.errors import StageError
 from train.anchors import AnchorBatches, TeacherRow, anchor_and_stream_loss, anchor_loss
 from train.constraint import penalty, penalty_weight
@@ -93,11 +94,8 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             )
         super().__init__(*args, **kwargs)
         self.anchors = anchors
-        if share_prompts and self.aux_loss_enabled and distributed.is_main():
-            logger.info(
-                "train: prompts are read with each answer, since the loss that balances the experts counts them so "
-                "(train.trainer.router_aux_loss_coef: 0 leaves it out)"
-            )
+        if share_prompts:
+            self._decide_layout()
         self._anchored_step, self._micro_step = -1, 0
 
     def compute_loss(
@@ -183,6 +181,16 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         for column, side in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
             dataset = dataset.add_column(side, [known[key][column] for key in keys])
         return dataset
+
+    def _decide_layout(self) -> None:
+        """Find out how the policy can read pairs, before its weights are in shards, which only its wrapper gathers."""
+        if not self.aux_loss_enabled:
+            plan(self._inner(self.model))
+        elif distributed.is_main():
+            logger.info(
+                "train: prompts are read with each answer, since the loss that balances the experts counts them so "
+                "(train.trainer.router_aux_loss_coef: 0 leaves it out)"
+            )
 
     def _count_micro_step(self) -> None:
         if self.state.global_step != self._anchored_step:
