@@ -110,6 +110,8 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         Raises:
             StageError: at the first step, if the reference is not the model that is trained.
         """
+        if self.pull is not None:
+            self.pull[1].look_up()
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs or not self.model.training:
             return loss

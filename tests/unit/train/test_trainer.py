@@ -20,7 +20,7 @@ from tests.training import settings_of, taught
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, anchor_and_stream_loss, anchor_loss
 from train.constraint import keep_ablated
-from train.pull import distance_from
+from train.pull import Distance
 from train.stage import save
 from train.streams import Sketch
 from train.trainer import HealingTrainer, WeightedAnchor
@@ -356,7 +356,7 @@ def test_what_is_saved_has_the_tokenizer_files_and_additions_of_its_base(
 def test_a_pull_keeps_the_weights_near_where_they_began(adapter, make_trainer):
     def distance_after(weight):
         trainer = make_trainer(adapter=adapter, max_steps=6, learning_rate=1e-3)
-        distance = distance_from(trainer.model)
+        distance = Distance(trainer.model)
         if weight:
             trainer.pull = (weight, distance)
         trainer.train()
