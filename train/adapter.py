@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,6 +50,41 @@ def without_weights(recipe: Recipe) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config)
     return model
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Every LoRA layer by its path; those of several parameters of one module stand inside each other."""
+    return [
+        (path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
+
+
+def adapters_of(layer: LoraLayer) -> list[str]:
+    """The names of a layer's adapters, those of embeddings among them."""
+    return [*layer.lora_B, *layer.lora_embedding_B]
+
+
+def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What an adapter adds to a layer is its scaling times B A, and the same of a bias behind B.
+
+    Args:
+        layer: the layer.
+        adapter: which of its adapters.
+
+    Returns:
+        A [experts * r, d_in], one expert after the other; B [d_out, r * experts], the experts side by side for each
+        rank; and the bias [d_out], if there is one. They are the layer's parameters of now: sharding puts others in
+        their place.
+    """
+    if adapter in layer.lora_embedding_B:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], None
+    writing = layer.lora_B[adapter]
+    return layer.lora_A[adapter].weight, writing.weight, writing.bias
+
+
+def num_experts(layer: LoraLayer) -> int:
+    """How many products of factors lie in a layer's."""
+    return int(layer.num_experts) if isinstance(layer, ParamWrapper) else 1
 
 
 def keep_adapter_in_float32(model: PeftModel) -> None:

@@ -16,12 +16,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from transformers.pytorch_utils import Conv1D
 
 from common.architecture import PlacedWriter, Writer, architecture_of
 from common.edits import Edit, as_stored, component_along, edited_writers
 from common.errors import StageError
+from train.adapter import adapters_of, factors, lora_layers, num_experts
+from train.shards import full, replicated, sharding_gradients, summed
 
 
 class Sharded(StageError):
@@ -84,11 +85,9 @@ class FactorDrift(Drift):
         """U^T dW [experts, k, d_in], and [k, 1] of a bias behind B."""
         reading, writing, bias = self._factors()
         written = _along(writing, self.basis)
-        experts = self.layer.num_experts if isinstance(self.layer, ParamWrapper) else 1
+        experts = num_experts(self.layer)
         # PEFT's order: B is [d_model, r, experts], A is [experts, r, d_in].
-        read = (
-            _full(_sharding_gradients(reading)).to(written).reshape(experts, -1, reading.shape[-1])
-        )
+        read = full(sharding_gradients(reading)).to(written).reshape(experts, -1, reading.shape[-1])
         written = written.reshape(len(self.basis), -1, experts)
         scaling = self.layer.scaling[self.adapter]
         parts = [scaling * torch.einsum("kre,eri->eki", written, read)]
@@ -100,13 +99,13 @@ class FactorDrift(Drift):
         for tensor in (writing, bias):
             if tensor is not None:
                 by_input = _columns(tensor).detach().double().T
-                basis = _replicated(self.basis, by_input)
-                held = by_input - _summed(by_input @ basis.T) @ basis
+                basis = replicated(self.basis, by_input)
+                held = by_input - summed(by_input @ basis.T) @ basis
                 _columns(tensor).copy_(held.T)
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """A [r, d_in], B [d_model, r] and the bias [d_model] behind B, if there is one."""
-        reading, writing, bias = _factors(self.layer, self.adapter)
+        reading, writing, bias = factors(self.layer, self.adapter)
         for factor, shape in zip((reading, writing), self.shapes, strict=True):
             _require_whole(factor, shape)
         return reading, writing, bias
@@ -130,8 +129,8 @@ class WeightDrift(Drift):
         """U^T dW [..., d_in, k], and U^T db [rows, k]."""
         parts = []
         for tensor, due in zip(self._by_input(), self.due, strict=True):
-            wide = _sharding_gradients(tensor.to(_wide(tensor.dtype)))
-            written = _full(wide @ _replicated(self.basis, wide).T)
+            wide = sharding_gradients(tensor.to(_wide(tensor.dtype)))
+            written = full(wide @ replicated(self.basis, wide).T)
             parts.append(written - due.to(written))
         return parts
 
@@ -139,9 +138,9 @@ class WeightDrift(Drift):
         """Take the change along the vectors out of weight and bias."""
         for tensor, due in zip(self._by_input(), self.due, strict=True):
             wide = tensor.detach().double()
-            basis = _replicated(self.basis, wide)
-            excess = _summed(wide @ basis.T)
-            excess = excess - _replicated(due, excess)
+            basis = replicated(self.basis, wide)
+            excess = summed(wide @ basis.T)
+            excess = excess - replicated(due, excess)
             tensor.copy_(wide - excess @ basis)
 
     def _by_input(self) -> list[Tensor]:
@@ -185,15 +184,15 @@ def lora_drifts(model: nn.Module, edit: Edit) -> tuple[list[Drift], list[str]]:
     """
     kinds = _kinds(model, edit)
     drifts: list[Drift] = []
-    for path, layer in _lora_layers(model):
+    for path, layer in lora_layers(model):
         name = _plain_name(path)
         if name not in kinds or not _is_seen(layer, kinds[name]):
             continue
         base = layer.get_base_layer()
         basis = edit.basis(name)
         scale = _scale(_stored(base, kinds[name]), basis)
-        for adapter in (*layer.lora_B, *layer.lora_embedding_B):
-            reading, writing, _ = _factors(layer, adapter)
+        for adapter in adapters_of(layer):
+            reading, writing, _ = factors(layer, adapter)
             shapes = (reading.shape, writing.shape)
             drifts.append(FactorDrift(name, basis, scale, layer, adapter, shapes))
     return drifts, unseen_changes(model, edit)
@@ -208,7 +207,7 @@ def unseen_changes(model: nn.Module, edit: Edit) -> list[str]:
     """
     kinds = _kinds(model, edit)
     problems, accounted = [], []
-    for path, layer in _lora_layers(model):
+    for path, layer in lora_layers(model):
         name = _plain_name(path)
         if name not in kinds:
             continue
@@ -238,15 +237,15 @@ def residual(drifts: Sequence[Drift]) -> float:
 
 def _along(tensor: Tensor, basis: Tensor) -> Tensor:
     """U^T of a tensor [d_model, n] or [d_model], in float32 or wider, whole on every process: [k, n]."""
-    wide = _sharding_gradients(_columns(tensor).to(_wide(tensor.dtype)))
-    return _full(_replicated(basis, wide) @ wide)
+    wide = sharding_gradients(_columns(tensor).to(_wide(tensor.dtype)))
+    return full(replicated(basis, wide) @ wide)
 
 
 def _scale(stored: Sequence[Tensor], basis: Tensor) -> float:
     norms = [
         torch.linalg.vector_norm(tensor.detach(), dtype=_wide(tensor.dtype)) for tensor in stored
     ]
-    square = sum(float(_full(norm)) ** 2 for norm in norms)
+    square = sum(float(full(norm)) ** 2 for norm in norms)
     # A writer that writes nothing has no scale of its own.
     return math.sqrt(square * basis.shape[0] / basis.shape[1]) or 1.0
 
@@ -259,13 +258,6 @@ def _stored(base: nn.Module, kind: Writer) -> list[Tensor]:
     return [weight] if bias is None else [weight, bias]
 
 
-def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    if adapter in layer.lora_embedding_B:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], None
-    writing = layer.lora_B[adapter]
-    return layer.lora_A[adapter].weight, writing.weight, writing.bias
-
-
 def _require_whole(tensor: Tensor, shape: torch.Size) -> None:
     """Fail if this process holds an unknown part of a parameter; a DTensor has the shape of the whole."""
     if tensor.shape != shape:
@@ -273,23 +265,6 @@ def _require_whole(tensor: Tensor, shape: torch.Size) -> None:
             "train: keep_ablated cannot project sharded parameters of this kind (DeepSpeed ZeRO-3, FSDP 1); launch "
             "with one process, DDP (configs/ddp.yaml) or FSDP 2, or set train.keep_ablated to none"
         )
-
-
-def _replicated(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has, where and in what precision `like` is."""
-    tensor = tensor.to(device=like.device, dtype=like.dtype)
-    if not isinstance(like, DTensor):
-        return tensor
-    everywhere: list[Placement] = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(tensor, like.device_mesh, everywhere, run_check=False)
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Parts of a sum on several processes, added up; shards stay where they are."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placements = [Replicate() if isinstance(p, Partial) else p for p in tensor.placements]
-    return tensor.redistribute(placements=placements)
 
 
 def _rows(bias: Tensor) -> Tensor:
@@ -302,17 +277,6 @@ def _columns(factor: Tensor) -> Tensor:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _sharding_gradients(tensor: Tensor) -> Tensor:
-    """The same; a gradient that flows back is sharded as it is, which FSDP takes for granted."""
-    return (
-        tensor.redistribute(placements=tensor.placements) if isinstance(tensor, DTensor) else tensor
-    )
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _other_ways(
@@ -375,13 +339,6 @@ def _writes_by_columns(layer: LoraLayer, kind: Writer) -> bool:
     transposed = bool(getattr(base, "is_transposed", False))
     seen_as = {"linear": False, "experts": False, "experts_transposed": True}
     return layer.parameter_name == kind.parameter and seen_as.get(kind.layout) == transposed
-
-
-def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """Every LoRA layer by its path; those of several parameters of one module stand inside each other."""
-    return [
-        (path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
 
 
 def _plain_name(name: str) -> str:

@@ -25,7 +25,7 @@ from common.prompts import load_prompts
 from common.questions import check_questions, load_questions
 from common.recipe import QuickQuestions, Recipe
 from common.tracking import tracking_mode
-from train import constraint, damage, pairs, settings, stopping
+from train import constraint, damage, pairs, pull, settings, stopping
 from train.adapter import (
     answer_logits,
     build_adapter,
@@ -41,7 +41,7 @@ from train.damage import DamageAwareMix
 from train.launch import launch_strategy
 from train.material import Material, prepare
 from train.progress import StepBar
-from train.pull import distance_from
+from train.pull import Distance
 from train.quick import QuickEvaluation
 from train.references import References
 from train.shelf import Shelf, shelf_of
@@ -84,6 +84,7 @@ def check(recipe: Recipe) -> list[str]:
     """What would stop this stage, found without loading a weight."""
     problems = settings.check(recipe.train.trainer, recipe.train.adapter)
     problems += _four_bit_problems(recipe)
+    problems += pull.check(recipe)
     for index, source in enumerate(recipe.train.preferences):
         problems += source_module(source.name).check(source, f"train.preferences[{index}]")
     problems += pairs.check(recipe)
@@ -257,7 +258,7 @@ def _build_trainer(
     )
     keep_ablated(trainer, edit, recipe.train.keep_ablated)
     if recipe.train.l2 is not None:
-        trainer.pull = (recipe.train.l2, distance_from(trainer.model))
+        trainer.pull = (recipe.train.l2, Distance(trainer.model))
     if recipe.train.load_in_4bit:
         keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)

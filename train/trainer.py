@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trl import DPOTrainer
 
 from common import distributed
+from common.branches import plan
 from common.errors import StageError
 from train.anchors import AnchorBatches, TeacherRow, anchor_and_stream_loss, anchor_loss
 from train.constraint import penalty, penalty_weight
@@ -93,11 +94,8 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             )
         super().__init__(*args, **kwargs)
         self.anchors = anchors
-        if share_prompts and self.aux_loss_enabled and distributed.is_main():
-            logger.info(
-                "train: prompts are read with each answer, since the loss that balances the experts counts them so "
-                "(train.trainer.router_aux_loss_coef: 0 leaves it out)"
-            )
+        if share_prompts:
+            self._decide_layout()
         self._anchored_step, self._micro_step = -1, 0
 
     def compute_loss(
@@ -112,6 +110,8 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         Raises:
             StageError: at the first step, if the reference is not the model that is trained.
         """
+        if self.pull is not None:
+            self.pull[1].look_up()
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs or not self.model.training:
             return loss
@@ -171,7 +171,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         if self.aux_loss_enabled:
             # The balance of experts counts tokens: a prompt read once would count once.
             return model, rows
-        return SharedPrompts(model, self._inner(), packed), rows
+        return SharedPrompts(model, self._inner(model), packed), rows
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference's log-probabilities to a data set; only pairs that nobody has computed are."""
@@ -193,6 +193,16 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         for column, side in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
             dataset = dataset.add_column(side, [known[key][column] for key in keys])
         return dataset
+
+    def _decide_layout(self) -> None:
+        """Find out how the policy can read pairs, before its weights are in shards, which only its wrapper gathers."""
+        if not self.aux_loss_enabled:
+            plan(self._inner(self.model))
+        elif distributed.is_main():
+            logger.info(
+                "train: prompts are read with each answer, since the loss that balances the experts counts them so "
+                "(train.trainer.router_aux_loss_coef: 0 leaves it out)"
+            )
 
     def _count_micro_step(self) -> None:
         if self.state.global_step != self._anchored_step:
@@ -224,15 +234,17 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         pad_id, device = self._tokenizer.pad_token_id, self.accelerator.device
         if anchor.sketch is None:
             return anchor_loss(model, rows, pad_id, device), None
-        return anchor_and_stream_loss(model, self._inner(), rows, pad_id, device, anchor.sketch)
+        return anchor_and_stream_loss(
+            model, self._inner(model), rows, pad_id, device, anchor.sketch
+        )
 
     def _log_mean(self, name: str, term: Tensor) -> None:
         """Note a term for TRL's metrics, averaged over the processes."""
         self._metrics["train"][name].append(self.accelerator.gather(term.detach()).mean().item())
 
-    def _inner(self) -> Any:  # noqa: ANN401  # a transformers model
-        """The model itself, without what accelerate and peft wrap around it."""
-        inner = self.accelerator.unwrap_model(self.model)
+    def _inner(self, model: nn.Module) -> Any:  # noqa: ANN401  # a transformers model
+        """The policy or the reference itself, without what accelerate and peft wrap around it."""
+        inner = self.accelerator.unwrap_model(model)
         return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
     def _guard_reference(self) -> None:

@@ -16,7 +16,7 @@ from common.recipe import Recipe
 from eval.subjects import load_healed
 from tests.training import settings_of
 from train import adapter as adapters
-from train import stage
+from train import pull, stage
 from train.adapter import (
     LOST_FROM_4BIT,
     MERGE_TOLERANCE,
@@ -231,6 +231,26 @@ def test_packed_weights_are_not_shared_out(recipe, monkeypatch):
     [problem] = stage.check(recipe(load_in_4bit=True, global_batch_size=8))
     assert problem.startswith("train.load_in_4bit: FSDP2 would share out weights that are packed")
     assert stage.check(recipe(global_batch_size=8)) == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "refused"),
+    [
+        (Strategy("ZeRO-3", 2, True, True, True), True),
+        (Strategy("FSDP1", 2, True, True, True), True),
+        (Strategy("FSDP2", 2, True, True, True), False),
+        (Strategy("DDP", 2), False),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_weights_that_a_pull_cannot_see_are_not_shared_out(strategy, refused, recipe, monkeypatch):
+    monkeypatch.setattr(pull, "launch_strategy", lambda: strategy)
+    problems = stage.check(recipe(l2=0.25))
+    assert bool(problems) == refused
+    if refused:
+        assert problems[0].startswith("train.l2: 0.25 cannot see how far the weights go")
+        assert strategy.name in problems[0]
+    assert stage.check(recipe()) == []
 
 
 def test_without_bitsandbytes_the_check_says_what_to_install(recipe, monkeypatch):

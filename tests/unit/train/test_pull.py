@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from train.pull import distance_from
+from train.pull import Distance
 
 ADAPTERS = {
     "llama": {"target_modules": ["q_proj", "down_proj", "embed_tokens"]},
@@ -41,7 +41,7 @@ def test_with_an_adapter_it_is_the_change_of_the_merged_weights(family, build_mo
     base = build_model(family)
     settings = LoraConfig(r=4, lora_alpha=12, use_rslora=family == "llama", **ADAPTERS[family])
     adapted = get_peft_model(copy.deepcopy(base), settings)
-    distance = distance_from(adapted)
+    distance = Distance(adapted)
     assert float(distance()) == 0
     _moved(adapted)
     found = distance()
@@ -53,7 +53,7 @@ def test_with_an_adapter_it_is_the_change_of_the_merged_weights(family, build_mo
 def test_in_full_training_it_is_the_change_of_the_weights(build_model):
     model = build_model("llama")
     before = copy.deepcopy(model)
-    distance = distance_from(model)
+    distance = Distance(model)
     assert float(distance()) == 0
     _moved(model)
     torch.testing.assert_close(distance(), _squared_change(before, model), rtol=1e-9, atol=0)
@@ -61,7 +61,7 @@ def test_in_full_training_it_is_the_change_of_the_weights(build_model):
 
 def test_its_gradient_leads_back(build_model):
     model = build_model("llama")
-    distance = distance_from(model)
+    distance = Distance(model)
     start = copy.deepcopy(model)
     _moved(model)
     (0.5 * distance()).backward()
@@ -73,7 +73,7 @@ def test_its_gradient_leads_back(build_model):
 def test_whole_modules_that_are_trained_beside_an_adapter_count_as_well(build_model):
     settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
     adapted = get_peft_model(build_model("llama"), settings)
-    distance = distance_from(adapted)
+    distance = Distance(adapted)
     with torch.no_grad():
         adapted.base_model.model.model.norm.modules_to_save["default"].weight.add_(1.0)
     assert float(distance()) == pytest.approx(32)

@@ -141,20 +141,31 @@ def dataset():
 
 
 @pytest.fixture
-def train(build_model, tokenizer, dataset, tmp_path):
-    """Train a model and give the loss and rewards of each step."""
+def make_trainer(build_model, tokenizer, dataset, tmp_path):
+    """Make a trainer of a model."""
 
-    def run(*, share, adapter=None, family="llama", **settings):
+    def make(*, share, adapter=None, family="llama", ref_model=None, **settings):
         own = {"max_steps": 50, "learning_rate": 1e-3, "max_length": 48}
         torch.manual_seed(0)
-        trainer = HealingTrainer(
+        return HealingTrainer(
             model=build_model(family, seed=0, dtype=torch.float32),
+            ref_model=ref_model,
             args=settings_of(tmp_path / f"out-{share}", **{**own, **settings}),
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=build_adapter(adapter) if adapter is not None else None,
             share_prompts=share,
         )
+
+    return make
+
+
+@pytest.fixture
+def train(make_trainer):
+    """Train a model and give the loss and rewards of each step."""
+
+    def run(**settings):
+        trainer = make_trainer(**settings)
         trainer.train()
         return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -214,3 +225,17 @@ def test_the_loss_that_balances_experts_reads_two_rows(train, caplog):
     assert "router_aux_loss_coef" in caplog.text
     assert [step["loss"] for step in plain] == [step["loss"] for step in shared]
     assert plain[0]["aux_loss"] > 0
+
+
+@pytest.mark.parametrize("adapter", [{"r": 4, "lora_alpha": 8}, None], ids=["adapter", "full"])
+def test_a_reference_that_is_a_model_of_its_own_is_read_in_its_own_place(
+    adapter, make_trainer, build_model
+):
+    # As trl keeps one under FSDP; with the gathering on the policy it would return its whole stream.
+    said = []
+    for share in (False, True):
+        other = build_model("llama", seed=5, dtype=torch.float32)
+        trainer = make_trainer(share=share, adapter=adapter, ref_model=other)
+        columns = ("ref_chosen_logps", "ref_rejected_logps")
+        said.append(torch.tensor([trainer.train_dataset[column] for column in columns]))
+    torch.testing.assert_close(said[1], said[0], rtol=0, atol=1e-4)

@@ -20,7 +20,7 @@ from tests.training import settings_of, taught
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, anchor_and_stream_loss, anchor_loss
 from train.constraint import keep_ablated
-from train.pull import distance_from
+from train.pull import Distance
 from train.stage import save
 from train.streams import Sketch
 from train.trainer import HealingTrainer, WeightedAnchor
@@ -91,7 +91,6 @@ def make_trainer(model, tokenizer, pairs, tmp_path):
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "lr_scheduler_type": "linear",
-            "precompute_ref_log_probs": ref_model is None,
         }
         torch.manual_seed(0)  # the adapter's initial values
         return HealingTrainer(
@@ -144,9 +143,12 @@ def test_training_begins_at_the_reference(adapter, precompute, make_trainer, mod
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
-def test_a_reference_that_is_another_model_is_refused(adapter, make_trainer, build_model):
+@pytest.mark.parametrize("precompute", [True, False])
+def test_a_reference_that_is_another_model_is_refused(
+    adapter, precompute, make_trainer, build_model
+):
     other = build_model("llama", seed=5, dtype=torch.float32)
-    trainer = make_trainer(adapter=adapter, ref_model=other)
+    trainer = make_trainer(adapter=adapter, ref_model=other, precompute_ref_log_probs=precompute)
     with pytest.raises(
         StageError, match=r"before the first update the rewards are .* instead of 0"
     ):
@@ -389,7 +391,7 @@ def test_what_is_saved_has_the_tokenizer_files_and_additions_of_its_base(
 def test_a_pull_keeps_the_weights_near_where_they_began(adapter, make_trainer):
     def distance_after(weight):
         trainer = make_trainer(adapter=adapter, max_steps=6, learning_rate=1e-3)
-        distance = distance_from(trainer.model)
+        distance = Distance(trainer.model)
         if weight:
             trainer.pull = (weight, distance)
         trainer.train()

@@ -1,0 +1,42 @@
+"""Parameters that FSDP 2 shares out between processes: DTensors. What is whole already is given back as it is."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, where and in what precision `like` is."""
+    tensor = tensor.to(device=like.device, dtype=like.dtype)
+    if not isinstance(like, DTensor):
+        return tensor
+    everywhere: list[Placement] = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(tensor, like.device_mesh, everywhere, run_check=False)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Parts of a sum on several processes, added up; shards stay where they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = [Replicate() if isinstance(p, Partial) else p for p in tensor.placements]
+    return tensor.redistribute(placements=placements)
+
+
+def sharding_gradients(tensor: Tensor) -> Tensor:
+    """The same; a gradient that flows back is sharded as it is, which FSDP takes for granted."""
+    return (
+        tensor.redistribute(placements=tensor.placements) if isinstance(tensor, DTensor) else tensor
+    )
+
+
+def sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that every process has, the part that it has of `like`; in another precision if that has one."""
+    whole = replicated(tensor, like)
+    if isinstance(whole, DTensor) and isinstance(like, DTensor):
+        part: Tensor = whole.redistribute(placements=like.placements)
+        return part
+    return whole
