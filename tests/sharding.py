@@ -1,5 +1,6 @@
 """A model in shards as accelerate's FSDP 2 puts it there, which it does not on a CPU by itself."""
 
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
+
+from train.shards import keep_wrap_policy
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, computed_in: torch.dtype | None = None) -> None:
@@ -29,9 +32,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, computed_in: torch.dtype | None = 
         mixed_precision="no",
         is_main_process=True,
     )
+    accelerator.prepare = functools.partial(fsdp2_prepare_model, accelerator)
+    keep_wrap_policy(accelerator)
     if isinstance(model, PeftModel):
         update_fsdp_plugin_peft(model, accelerator)
-    fsdp2_prepare_model(accelerator, model)
+    accelerator.prepare(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 

@@ -1,7 +1,28 @@
 """Parameters that FSDP 2 shares out between processes: DTensors. What is whole already is given back as it is."""
 
+from typing import Any
+
+from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+
+def keep_wrap_policy(accelerator: Accelerator) -> None:
+    """Let FSDP 2 gather an adapted model block by block, as the launch configuration says.
+
+    transformers puts PEFT's policy in the configured one's place, which is FSDP 1's: accelerate's FSDP 2 does not know
+    it and shares the model out as one piece, which every forward pass gathers whole.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2:  # of FSDP
+        return
+    policy, prepare = plugin.auto_wrap_policy, accelerator.prepare
+
+    def prepare_by_blocks(*args: Any, **settings: Any) -> Any:  # noqa: ANN401  # accelerate's
+        plugin.auto_wrap_policy = policy
+        return prepare(*args, **settings)
+
+    accelerator.prepare = prepare_by_blocks
 
 
 def full(tensor: Tensor) -> Tensor:

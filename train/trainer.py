@@ -20,6 +20,7 @@ from train.constraint import penalty, penalty_weight
 from train.drift import Drift, residual
 from train.pull import Distance
 from train.references import References, pair_key, token_rows
+from train.shards import keep_wrap_policy
 from train.shared_prompts import PairCollator, SharedPrompts, take_packed
 from train.streams import Sketch
 
@@ -93,6 +94,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
                 pad_to_multiple_of=settings.pad_to_multiple_of,
             )
         super().__init__(*args, **kwargs)
+        keep_wrap_policy(self.accelerator)
         self.anchors = anchors
         if share_prompts:
             self._decide_layout()

@@ -7,8 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from common.architecture import find_blocks
 from tests.sharding import shard, whole
 from tests.training import settings_of
 from train.adapter import build_adapter, lora_layers
@@ -74,6 +76,14 @@ def test_a_training_that_finds_its_references_computed_begins_in_shards(
     for key in ("loss", "logps/chosen", "grad_norm"):
         assert _logged(sharded, key) == pytest.approx(_logged(whole, key), rel=1e-4), key
     assert _logged(whole, "loss")[-1] < 0.5
+
+
+@KINDS
+def test_every_block_is_gathered_by_itself(adapter, make_trainer, mesh):
+    model = make_trainer(adapter).model
+    shard(model, mesh)
+    blocks = find_blocks(model.get_base_model() if adapter is not None else model)
+    assert all(isinstance(block, FSDPModule) for block in blocks)
 
 
 class Moved(TrainerCallback):
