@@ -22,14 +22,14 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EXPECTED = {
     "cpu": ("NO", 1, 1, True, "no"),
     "cpu-2": ("MULTI_GPU", 2, 1, True, "no"),
-    "gpu": ("NO", 1, 1, False, "bf16"),
-    "ddp": ("MULTI_GPU", 8, 1, False, "bf16"),
-    "fsdp2": ("FSDP", 8, 1, False, "bf16"),
-    "fsdp2-1": ("FSDP", 1, 1, False, "bf16"),
-    "multi-node-fsdp2": ("FSDP", 16, 2, False, "bf16"),
-    "zero2": ("DEEPSPEED", 8, 1, False, "bf16"),
-    "zero3": ("DEEPSPEED", 8, 1, False, "bf16"),
-    "multi-node": ("MULTI_GPU", 16, 2, False, "bf16"),
+    "gpu": ("NO", 1, 1, False, "no"),
+    "ddp": ("MULTI_GPU", 8, 1, False, "no"),
+    "fsdp2": ("FSDP", 8, 1, False, "no"),
+    "fsdp2-1": ("FSDP", 1, 1, False, "no"),
+    "multi-node-fsdp2": ("FSDP", 16, 2, False, "no"),
+    "zero2": ("DEEPSPEED", 8, 1, False, "no"),
+    "zero3": ("DEEPSPEED", 8, 1, False, "no"),
+    "multi-node": ("MULTI_GPU", 16, 2, False, "no"),
 }
 
 # One write a line: the processes share a pipe, and print() may write a line word by word.
