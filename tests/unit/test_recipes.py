@@ -159,6 +159,7 @@ def test_the_published_recipe_has_its_published_settings():
     assert train.adapter == {"r": 64, "lora_alpha": 32, "target_modules": "all-linear"}
     assert (train.load_in_4bit, train.global_batch_size) == (True, 48)
     assert (train.keep_ablated, train.anchors) == ("none", ())
+    assert not any(train.filters.model_dump().values())
     assert [source.dataset for source in train.preferences] == ["mlabonne/orpo-dpo-mix-40k"]
     published = {
         "loss_type": ["sigmoid"],
