@@ -46,6 +46,7 @@ OUR_DEFAULTS: Final[Mapping[str, Default]] = {
     "precompute_ref_log_probs": Default(
         True, "the reference never changes, so it runs once instead of each step"
     ),
+    "save_steps": Default(0.1, "a ratio: a killed training goes on from its last full tenth"),
     "save_total_limit": Default(1, "a checkpoint is for going on after an interruption"),
     "logging_first_step": Default(True, "the first loss shows whether the reference is right"),
 }
@@ -428,6 +429,8 @@ def _our_defaults(train: TrainSection) -> dict[str, Default]:
         del defaults["activation_checkpointing"]
     if "max_steps" in train.trainer:
         del defaults["num_train_epochs"]
+    if train.trainer.get("save_strategy", "steps") != "steps":
+        del defaults["save_steps"]
     return defaults
 
 
