@@ -418,7 +418,9 @@ def differences_from_trl(train: TrainSection) -> list[str]:
         if key not in train.trainer and value != theirs[key]:
             lines.append(f"{key}: {_show(value)} (TRL: {_show(theirs[key])}): {reason}")
     if not {"bf16", "fp16"} & train.trainer.keys():
-        lines.append("bf16: where the model is (TRL: true): it is trained in the precision that it answers in")
+        lines.append(
+            "bf16: where the model is (TRL: true): it is trained in the precision that it answers in"
+        )
     return lines
 
 
