@@ -19,6 +19,8 @@ FLOAT32: Final = 4
 TILE: Final = (4096, 32768)
 TILES_OF_TRITON: Final = 3
 TILES_OF_TORCH: Final = 8
+# Beside the logits of its answers an anchor holds them in float32, their log-softmax and its gradient.
+ANCHORED: Final = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Shape:
         adapter: whether these are an adapter's, beside the model's.
         width: bytes of one of the model's numbers.
         largest_block: numbers of the largest transformer block, or of an embedding if that is larger.
-        tokens: of a forward pass.
+        tokens: of a forward pass over pairs.
         layers: transformer blocks.
         hidden: width of the residual stream.
         heads: width of all queries together.
@@ -40,6 +42,10 @@ class Shape:
         vocabulary: words.
         tiles: how many tiles of the unembedding are held at once.
         checkpointing: whether only each block's input is kept, and one block's insides.
+        anchor_tokens: of the anchors' forward passes beside it.
+        anchor_answers: of them, those whose logits are made in full.
+        taught: bytes of what the anchors' teachers said; beside a GPU they are not in its memory.
+        pulled: whether trained weights are pulled to where they began (`l2`).
         moments: numbers that the optimizer keeps per trained one.
         moment_bytes: bytes of each; 0 for as many as the trained number has.
     """
@@ -58,18 +64,31 @@ class Shape:
     vocabulary: int
     tiles: int
     checkpointing: bool
+    anchor_tokens: int = 0
+    anchor_answers: int = 0
+    taught: float = 0
+    pulled: bool = False
     moments: int = 2
     moment_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in each process: of weights (with what is gathered of them), gradients, optimizer and activations."""
+    """Bytes in each process.
+
+    Attributes:
+        weights: with what is gathered of them, and where they began if they are pulled there.
+        gradients: of what is trained.
+        optimizer: its state.
+        activations: what the backward pass reads.
+        teachers: what the anchors hold the model to.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
+    teachers: float
 
     @property
     def total(self) -> float:
@@ -87,6 +106,9 @@ def training_memory(shape: Shape, strategy: Strategy) -> Memory:
         weights += shape.trained * FLOAT32
     if strategy.shards_weights:
         weights = weights / strategy.processes + shape.largest_block * shape.width
+    # An adapter begins at nothing, and its product with itself is small.
+    pulled = shape.trained if shape.pulled and not shape.adapter else 0
+    weights += pulled * shape.width
     gradients = shape.trained * trained_width
     moments = shape.trained * shape.moments * (shape.moment_bytes or trained_width)
     if strategy.shards_optimizer and not strategy.shards_weights and trained_width < FLOAT32:
@@ -95,7 +117,9 @@ def training_memory(shape: Shape, strategy: Strategy) -> Memory:
         weights,
         gradients / (strategy.processes if strategy.shards_gradients else 1),
         moments / (strategy.processes if strategy.shards_optimizer else 1),
-        _activations(shape),
+        # How far they have come is squared, so it is kept for the backward pass.
+        _activations(shape) + pulled * FLOAT32,
+        shape.taught,
     )
 
 
@@ -104,5 +128,7 @@ def _activations(shape: Shape) -> float:
     # heads and as a row), and of the MLP the gate before and after its nonlinearity, what it multiplies, the product.
     block = 4 * shape.hidden + 5 * shape.heads + 4 * shape.inner
     kept = block + shape.layers * shape.hidden if shape.checkpointing else block * shape.layers
-    logits = min(shape.tokens, TILE[0]) * min(shape.vocabulary, TILE[1]) * FLOAT32
-    return shape.tokens * kept * shape.width + shape.tiles * logits
+    tiles = shape.tiles * min(shape.tokens, TILE[0]) * min(shape.vocabulary, TILE[1]) * FLOAT32
+    anchored = shape.anchor_answers * shape.vocabulary * (shape.width + ANCHORED * FLOAT32)
+    # The pairs' unembedding and the anchors' take turns, while what the blocks computed stays for the backward pass.
+    return (shape.tokens + shape.anchor_tokens) * kept * shape.width + max(tiles, anchored)

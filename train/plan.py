@@ -1,7 +1,7 @@
 """The plan that `--check` prints: what runs and what is reused, steps, memory, disk, and where defaults differ."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import ceil
 from typing import Any
 
@@ -13,16 +13,18 @@ from transformers.pytorch_utils import Conv1D
 
 from common import chat, distributed
 from common.architecture import find_blocks
-from common.model import load_config, load_tokenizer, resolve, weight_files
+from common.model import load_config, load_tokenizer, resolve
 from common.prompts import load_prompts
 from common.recipe import OnPolicy, Recipe
 from train import damage, settings, stopping
 from train.adapter import build_adapter, without_weights
 from train.launch import Strategy, launch_strategy
-from train.memory import TILES_OF_TORCH, TILES_OF_TRITON, Shape, training_memory
+from train.memory import FLOAT32, TILES_OF_TORCH, TILES_OF_TRITON, Shape, training_memory
 from train.stage import source_module
 
 GIB = 2**30
+# Of a teacher's likely tokens, as they are stored and as they are looked up.
+ID_ON_DISK, ID_IN_MEMORY = 4, 8
 
 
 def plan_lines(recipe: Recipe, stages: Sequence[tuple[str, bool, str]]) -> list[str]:
@@ -69,16 +71,42 @@ def _details(recipe: Recipe) -> Iterator[str]:
     yield f"memory        {memory_line(recipe, launch_strategy(), distributed.device().type)}"
     if recipe.train.load_in_4bit:
         yield "adapter       trained on weights in 4 bits, merged into the full-precision ones"
-    yield f"disk          about {disk_bytes(recipe) / GIB:.2f} GiB"
     if recipe.release.push_to_hub is not None:
         yield f"upload        to {recipe.release.push_to_hub} on the hub, private, once every gate has passed"
 
 
 def disk_bytes(recipe: Recipe) -> int:
-    """The room that a run takes: the edited model and the release, and a fully trained model if there is one."""
+    """The room that stage two takes: a model trained whole, checkpoints, and what the anchors' teachers say."""
+    shape = model_shape(recipe, 1, "cpu")
+    model = 0 if shape.adapter else shape.trained * shape.width
+    return int(model + _checkpoint_bytes(recipe, shape) + _taught_bytes(recipe, shape, ID_ON_DISK))
+
+
+def _checkpoint_bytes(recipe: Recipe, shape: Shape) -> float:
+    """What is trained and the optimizer's state, as often as they are kept, and once more while the next is written."""
+    if recipe.train.trainer.get("save_strategy") == "no":
+        return 0
+    width = FLOAT32 if shape.adapter else shape.width
+    one = shape.trained * (width + shape.moments * (shape.moment_bytes or width))
+    limit = settings.OUR_DEFAULTS["save_total_limit"].value
+    # null keeps all of them: by default one of each tenth.
+    return one * (1 + int(recipe.train.trainer.get("save_total_limit", limit) or 10))
+
+
+def _taught_bytes(recipe: Recipe, shape: Shape, id_bytes: int) -> float:
+    """What the anchors' teachers say if no answer ends early: likely tokens, and of the stream what is kept."""
     base = resolve(recipe.model.name_or_path, recipe.model.revision)
-    copies = 2 if recipe.train.adapter is not None else 3
-    return copies * sum(file.stat().st_size for file in weight_files(base))
+    tokenizer = load_tokenizer(base)
+    taught = 0.0
+    for anchor in recipe.train.anchors:
+        prompts = chat.encode(tokenizer, load_prompts(anchor.prompts))
+        answers = len(prompts) * anchor.max_new_tokens
+        taught += answers * min(anchor.top_k, shape.vocabulary) * (id_bytes + FLOAT32)
+        if anchor.residual is not None:
+            size = min(anchor.residual.size, shape.hidden)
+            tokens = answers + sum(len(prompt) for prompt in prompts)
+            taught += tokens * shape.layers * size * shape.width
+    return taught
 
 
 def _num_steps(recipe: Recipe, pairs: int) -> int:
@@ -107,6 +135,9 @@ def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
         device: `cpu` or `cuda`, where it is taken.
     """
     shape = model_shape(recipe, strategy.processes, device)
+    taught = _taught_bytes(recipe, shape, ID_IN_MEMORY)
+    if device == "cpu":
+        shape = replace(shape, taught=taught)
     memory = training_memory(shape, strategy)
     parts = ", ".join(
         f"{part.name} {getattr(memory, part.name) / GIB:.2f}" for part in fields(memory)
@@ -120,6 +151,8 @@ def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
         else f"on one {unit}"
     )
     rest = f"; stage three's two models take {models / GIB:.2f}" if models > memory.total else ""
+    if taught and device != "cpu":
+        rest += f"; what teachers said takes {taught / GIB:.2f} of each process's own memory"
     return (
         f"about {max(memory.total, models) / GIB:.2f} GiB {where} ({strategy.name}: {parts}{rest})"
     )
@@ -138,6 +171,7 @@ def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:
     blocks = [_numel(module) for module in (*find_blocks(model), model.get_input_embeddings())]
     weights, heads = _numel(model), text.num_attention_heads
     moments, moment_bytes = _optimizer_state(str(trainer.get("optim", "")))
+    tokens, answers = _tokens(recipe, processes)
     return Shape(
         weights=weights,
         packed=packed if recipe.train.load_in_4bit else 0,
@@ -145,7 +179,7 @@ def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:
         adapter=recipe.train.adapter is not None,
         width=dtype.itemsize,
         largest_block=max(blocks),
-        tokens=_tokens(recipe, processes),
+        tokens=tokens,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
@@ -155,21 +189,23 @@ def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:
         checkpointing=bool(
             trainer.get("gradient_checkpointing", trainer.get("activation_checkpointing", False))
         ),
+        anchor_tokens=2 * answers,  # as if their prompts were as long as their answers
+        anchor_answers=answers,
+        pulled=recipe.train.l2 is not None,
         moments=moments,
         moment_bytes=moment_bytes,
     )
 
 
-def _tokens(recipe: Recipe, processes: int) -> int:
-    """Tokens of a forward pass: both answers of its pairs at full length, and the anchors' rows beside them."""
+def _tokens(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Tokens of a forward pass: both answers of its pairs at full length, and the anchors' answers beside them."""
     trainer = recipe.train.trainer
     per_device, accumulation = settings.share_batch(
         recipe.train.global_batch_size, processes, trainer.get("per_device_train_batch_size")
     )
     pairs = 2 * per_device * int(trainer.get("max_length") or 1024)
-    # As if their prompts were as long as their answers.
-    return pairs + sum(
-        ceil(anchor.batch_size / (processes * accumulation)) * 2 * anchor.max_new_tokens
+    return pairs, sum(
+        ceil(anchor.batch_size / (processes * accumulation)) * anchor.max_new_tokens
         for anchor in recipe.train.anchors
     )
 

@@ -476,15 +476,27 @@ def _report(plan: Plan, stage: str) -> None:
 
 
 def _print_plan(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Print what would run and what it takes; raises StageError where the disk does not hold it."""
     from common import distributed  # noqa: PLC0415
-    from train.plan import plan_lines  # noqa: PLC0415
+    from common.artifacts import require_disk  # noqa: PLC0415
+    from train import plan  # noqa: PLC0415
 
     if not distributed.is_main():
         return
-    lines = plan_lines(
+    lines = plan.plan_lines(
         recipe, [(step.name, step.entry.complete, step.entry.fingerprint) for step in steps]
     )
+    stages = _stages()
+    takes = {
+        "abliteration": stages["abliteration"].disk_bytes,
+        "train": plan.disk_bytes,
+        "release": stages["release"].disk_bytes,
+    }
+    due = [step.name for step in steps if not step.entry.complete and step.name in takes]
+    needed = sum(takes[name](recipe) for name in due)
+    lines.append(f"  disk          at most {needed / 2**30:.2f} GiB more")
     sys.stdout.write("\n".join(lines) + "\n")
+    require_disk(Path(recipe.output_dir), needed, "what is to run")
 
 
 def _fail(message: str, code: int, runs: Sequence[Path]) -> int:

@@ -7,6 +7,7 @@ successor. The checked trainer block becomes a DPOConfig.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -45,6 +46,7 @@ OUR_DEFAULTS: Final[Mapping[str, Default]] = {
     "precompute_ref_log_probs": Default(
         True, "the reference never changes, so it runs once instead of each step"
     ),
+    "save_steps": Default(0.1, "a ratio: a killed training goes on from its last full tenth"),
     "save_total_limit": Default(1, "a checkpoint is for going on after an interruption"),
     "logging_first_step": Default(True, "the first loss shows whether the reference is right"),
 }
@@ -365,6 +367,9 @@ def build_trainer_settings(
         "use_cpu": use_cpu,
         "report_to": report_to,
     }
+    # Where both bf16 and fp16 are off, transformers would take the launch's word for it: a float32 recipe would train
+    # in bfloat16, and say it did not.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     try:
         return DPOConfig(**settings)
     except ValueError as error:
@@ -413,7 +418,9 @@ def differences_from_trl(train: TrainSection) -> list[str]:
         if key not in train.trainer and value != theirs[key]:
             lines.append(f"{key}: {_show(value)} (TRL: {_show(theirs[key])}): {reason}")
     if not {"bf16", "fp16"} & train.trainer.keys():
-        lines.append("bf16: false on a CPU (TRL: true): few CPUs compute it fast")
+        lines.append(
+            "bf16: where the model is (TRL: true): it is trained in the precision that it answers in"
+        )
     return lines
 
 
@@ -424,6 +431,8 @@ def _our_defaults(train: TrainSection) -> dict[str, Default]:
         del defaults["activation_checkpointing"]
     if "max_steps" in train.trainer:
         del defaults["num_train_epochs"]
+    if train.trainer.get("save_strategy", "steps") != "steps":
+        del defaults["save_steps"]
     return defaults
 
 

@@ -254,7 +254,7 @@ def _build_trainer(
         else None,
         anchors=_weighted_anchors(recipe, material),
         share_prompts=recipe.train.engine == "shared",
-        references=_references(recipe, shelf),
+        references=_references(recipe, shelf, arguments.mixed_precision),
     )
     keep_ablated(trainer, edit, recipe.train.keep_ablated)
     if recipe.train.l2 is not None:
@@ -268,12 +268,12 @@ def _build_trainer(
     return trainer
 
 
-def _references(recipe: Recipe, shelf: Shelf) -> References:
-    """The folder of what was computed under this reference, by whomever: see `train.references`."""
-    trainer = recipe.train.trainer
+def _references(recipe: Recipe, shelf: Shelf, precision: str) -> References:
+    """The folder of what was computed under this reference in this precision, by whomever: see `train.references`."""
     depends = {
         "engine": recipe.train.engine,
-        **{name: trainer.get(name) for name in ("bf16", "fp16", "ld_alpha")},
+        "precision": precision,
+        "ld_alpha": recipe.train.trainer.get("ld_alpha"),
         "load_in_4bit": recipe.train.load_in_4bit,
     }
     return References(shelf.path("references", "abliterated", depends))

@@ -70,3 +70,11 @@ def test_the_healed_rates_agree_within_their_intervals(both: tuple[Path, Path]) 
             assert mine["original"] == other["original"]
             assert mine["abliterated"] == other["abliterated"]
             assert mine["healed"]["low"] <= other["healed"]["value"] <= mine["healed"]["high"]
+
+
+def test_healing_writes_nothing_along_the_direction_on_one_process_or_two(
+    both: tuple[Path, Path],
+) -> None:
+    # The recipe holds it (keep_ablated: hard) while anchors pull to the original, who writes there.
+    for folder in both:
+        assert read(folder, "eval/results.json")["direction"]["residual"]["healed"] <= 1e-5

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from common.recipe import load_recipe
+from train import constraint, settings, stage
+from train.launch import strategy_of
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -18,14 +22,14 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EXPECTED = {
     "cpu": ("NO", 1, 1, True, "no"),
     "cpu-2": ("MULTI_GPU", 2, 1, True, "no"),
-    "gpu": ("NO", 1, 1, False, "bf16"),
-    "ddp": ("MULTI_GPU", 8, 1, False, "bf16"),
-    "fsdp2": ("FSDP", 8, 1, False, "bf16"),
-    "fsdp2-1": ("FSDP", 1, 1, False, "bf16"),
-    "multi-node-fsdp2": ("FSDP", 16, 2, False, "bf16"),
-    "zero2": ("DEEPSPEED", 8, 1, False, "bf16"),
-    "zero3": ("DEEPSPEED", 8, 1, False, "bf16"),
-    "multi-node": ("MULTI_GPU", 16, 2, False, "bf16"),
+    "gpu": ("NO", 1, 1, False, "no"),
+    "ddp": ("MULTI_GPU", 8, 1, False, "no"),
+    "fsdp2": ("FSDP", 8, 1, False, "no"),
+    "fsdp2-1": ("FSDP", 1, 1, False, "no"),
+    "multi-node-fsdp2": ("FSDP", 16, 2, False, "no"),
+    "zero2": ("DEEPSPEED", 8, 1, False, "no"),
+    "zero3": ("DEEPSPEED", 8, 1, False, "no"),
+    "multi-node": ("MULTI_GPU", 16, 2, False, "no"),
 }
 
 # One write a line: the processes share a pipe, and print() may write a line word by word.
@@ -60,14 +64,54 @@ def test_accelerate_reads_what_the_name_promises(name):
     assert found == EXPECTED[name]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_begins_with_the_command_that_uses_it(path):
+def commands(path):
+    """The launches of a configuration's head, word by word."""
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    [command, *_] = [line for line in head if "accelerate launch" in line]
-    assert f"--config_file configs/{path.name} " in command
-    assert "--quiet" in command
-    [recipe] = [word for word in command.split() if word.startswith("recipes/")]
-    assert (ROOT / recipe).is_file()
+    return [line.split()[1:] for line in head if "accelerate launch" in line]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_begins_with_the_commands_that_use_it(path):
+    found = commands(path)
+    assert found
+    for command in found:
+        assert command[command.index("--config_file") + 1] == f"configs/{path.name}"
+        assert "--quiet" in command
+        [recipe] = [word for word in command if word.startswith("recipes/")]
+        assert (ROOT / recipe).is_file()
+
+
+def strategy(config):
+    """What training is told by a launch with this configuration, as accelerate tells it."""
+    environment = {}
+    if config.distributed_type.value == "FSDP":
+        version = str(config.fsdp_config["fsdp_version"])
+        environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version}
+    if config.distributed_type.value == "DEEPSPEED":
+        zero = str(config.deepspeed_config["zero_stage"])
+        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": zero}
+    return strategy_of(environment, config.num_processes)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_recipe_and_overrides_of_a_command_pass_under_its_configuration(
+    path, monkeypatch, build_model
+):
+    launch = strategy(load(path.stem))
+    for module in (stage, constraint):
+        monkeypatch.setattr(module, "launch_strategy", lambda: launch)
+    # Every recipe that is named here is over a llama, whose shape is on the hub.
+    monkeypatch.setattr(constraint, "without_weights", lambda _recipe: build_model("llama"))
+    for command in commands(path):
+        [place] = [index for index, word in enumerate(command) if word.startswith("recipes/")]
+        train = (recipe := load_recipe(ROOT / command[place], command[place + 1 :])).train
+        assert settings.check(train.trainer, train.adapter) == []
+        assert stage._four_bit_problems(recipe) == []
+        assert constraint.check(recipe) == []
+        per_device = train.trainer.get("per_device_train_batch_size")
+        settings.share_batch(train.global_batch_size, launch.processes, per_device)
+        # Those of bitsandbytes read past the end of what they share of a weight.
+        assert not (launch.shards_weights and "8bit" in train.trainer.get("optim", ""))
 
 
 def test_sharded_loading_cannot_leave_a_stage_without_weights():

@@ -5,6 +5,7 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/test_recipes.py
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_a_recipe_passes_its_check_on_a_model_of_its_kind(name, localized, capsy
 
 
 @pytest.mark.usefixtures("no_items")
+def test_a_run_that_the_disk_does_not_hold_does_not_pass(localized, capsys, monkeypatch):
+    path = localized("qwen3-4b")
+    # Room for one model: the edited one.
+    model = sum(file.stat().st_size for file in path.with_suffix("").glob("*.safetensors"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=model))
+    assert run.main([str(path), "--check"]) == 1
+    out, err = capsys.readouterr()
+    assert "disk          at most" in out
+    assert "what is to run needs" in err
+    assert run.main([str(path), "--check", "--until", "abliteration"]) == 0
+
+
+@pytest.mark.usefixtures("no_items")
 def test_a_recipe_whose_panel_was_trained_on_does_not_pass(localized, capsys):
     path = localized("daredevil-8b")
     source = "eval.benchmarks.2.prompts.path"
@@ -159,6 +173,7 @@ def test_the_published_recipe_has_its_published_settings():
     assert train.adapter == {"r": 64, "lora_alpha": 32, "target_modules": "all-linear"}
     assert (train.load_in_4bit, train.global_batch_size) == (True, 48)
     assert (train.keep_ablated, train.anchors) == ("none", ())
+    assert not any(train.filters.model_dump().values())
     assert [source.dataset for source in train.preferences] == ["mlabonne/orpo-dpo-mix-40k"]
     published = {
         "loss_type": ["sigmoid"],

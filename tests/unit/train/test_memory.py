@@ -103,11 +103,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig
 from train.adapter import build_adapter
-from train.trainer import HealingTrainer
+from train.anchors import AnchorBatches, TeacherRow
+from train.pull import distance_from
+from train.streams import Sketch
+from train.trainer import HealingTrainer, WeightedAnchor
 
 torch.set_num_threads(1)
-kind, folder = sys.argv[1:]
-WORDS, LENGTH, PAIRS = 8000, 192, 2
+kind, terms, folder = sys.argv[1:]
+WORDS, LENGTH, PAIRS = (24000, 48, 2) if terms == "anchors" else (8000, 192, 2)
+ROWS, BATCH, ANSWER, TOP, SIZE = 2000, 16, 96, 64, 64
 words = {**{f"w{i}": i for i in range(WORDS - 2)}, "<pad>": WORDS - 2, "<eos>": WORDS - 1}
 backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
 backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -122,6 +126,16 @@ config = AutoConfig.for_model(
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 before = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+draw_ids = lambda count: [draw.randrange(WORDS - 2) for _ in range(count)]
+taught = lambda: TeacherRow(
+    draw_ids(8), draw_ids(ANSWER), torch.randint(WORDS, (ANSWER, TOP)), torch.full((ANSWER, TOP), -9.0),
+    torch.randn(8 + ANSWER, 6, SIZE),
+)
+anchors = []
+if terms == "anchors":
+    sketch = Sketch(SIZE, torch.eye(384, dtype=torch.float64)[:1])
+    batches = AnchorBatches([taught() for _ in range(ROWS)], BATCH, 0)
+    anchors = [WeightedAnchor("original", batches, 1.0, sketch, 1.0)]
 trainer = HealingTrainer(
     model=AutoModelForCausalLM.from_config(config, dtype=torch.float32),
     args=DPOConfig(
@@ -133,7 +147,10 @@ trainer = HealingTrainer(
     train_dataset=Dataset.from_list(rows),
     processing_class=tokenizer,
     peft_config=build_adapter({"r": 16}) if kind == "adapter" else None,
+    anchors=anchors,
 )
+if terms == "l2":
+    trainer.pull = (0.1, distance_from(trainer.model))
 trainer.train()
 [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
 numbers = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
@@ -142,10 +159,13 @@ print(json.dumps({"grown": int(line.split()[1]) * 1024 - before, "trained": sum(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's own")
-@pytest.mark.parametrize("kind", ["adapter", "full"])
-def test_one_process_takes_what_the_estimate_says(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [("adapter", ""), ("full", ""), ("adapter", "anchors"), ("full", "anchors"), ("full", "l2")],
+)
+def test_one_process_takes_what_the_estimate_says(kind, terms, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, kind, str(tmp_path)],
+        [sys.executable, "-c", PROGRAM, kind, terms, str(tmp_path)],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -161,21 +181,27 @@ def test_one_process_takes_what_the_estimate_says(kind, tmp_path):
     )
     found = json.loads(done.stdout.splitlines()[-1])
     block = 2 * 384 * 384 + 2 * 384 * 128 + 3 * 384 * 1056 + 2 * 384
+    anchored = terms == "anchors"
+    words, length = (24000, 48) if anchored else (8000, 192)
     shape = Shape(
-        weights=6 * block + 2 * 8000 * 384 + 384,
+        weights=6 * block + 2 * words * 384 + 384,
         packed=0,
         trained=found["trained"],
         adapter=kind == "adapter",
         width=4,
-        largest_block=8000 * 384,
-        tokens=2 * 2 * 192,
+        largest_block=words * 384,
+        tokens=2 * 2 * length,
         layers=6,
         hidden=384,
         heads=384,
         inner=1056,
-        vocabulary=8000,
+        vocabulary=words,
         tiles=TILES_OF_TORCH,
         checkpointing=False,
+        anchor_tokens=16 * (8 + 96) if anchored else 0,
+        anchor_answers=16 * 96 if anchored else 0,
+        taught=2000 * (96 * 64 * (8 + 4) + (8 + 96) * 6 * 64 * 4) if anchored else 0,
+        pulled=terms == "l2",
     )
     if kind == "full":
         assert shape.weights == found["trained"]

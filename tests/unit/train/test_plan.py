@@ -8,6 +8,8 @@ import re
 import pytest
 from transformers import AutoConfig
 
+from common import chat
+from common.model import load_tokenizer
 from common.recipe import Recipe
 from train import plan
 from train.launch import Strategy
@@ -22,7 +24,7 @@ def recipe_for(tokenizer, build_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
 
-    def make(family, adapter):
+    def make(family, adapter, **train):
         model = build_model(family)
         model.config.save_pretrained(tmp_path / family)
         tokenizer.save_pretrained(tmp_path / family)
@@ -40,6 +42,7 @@ def recipe_for(tokenizer, build_model, tmp_path):
                     "global_batch_size": 1,
                     "adapter": adapter,
                     "trainer": {"max_length": 1},
+                    **train,
                 },
                 "eval": {"benchmarks": [panel]},
             }
@@ -94,7 +97,7 @@ def test_the_memory_line_names_the_launch_its_processes_and_every_part(recipe_fo
     line = plan.memory_line(eight, Strategy("FSDP2", 8, True, True, True), "cuda")
     assert re.fullmatch(
         r"about [\d.]+ GiB on each of 8 GPUs \(FSDP2: weights [\d.]+, gradients [\d.]+, "
-        r"optimizer [\d.]+, activations [\d.]+(; stage three's two models take [\d.]+)?\)",
+        r"optimizer [\d.]+, activations [\d.]+, teachers 0.00(; stage three's two models take [\d.]+)?\)",
         line,
     )
     assert "on one process (one process: weights" in plan.memory_line(recipe, ONE, "cpu")
@@ -110,3 +113,59 @@ def test_an_optimizer_in_eight_bits_keeps_a_quarter(recipe_for):
         sizes[optim] = training_memory(shape, ONE).optimizer
     assert sizes["paged_adamw_8bit"] == sizes["adamw_torch"] / 4
     assert sizes["sgd"] == 0
+
+
+def anchored(path, **changes):
+    return {
+        "to": "original",
+        "prompts": {"path": str(path)},
+        "batch_size": 3,
+        "top_k": 5,
+        **changes,
+    }
+
+
+def test_anchors_count_with_their_logits_and_with_what_their_teachers_say(recipe_for, tmp_path):
+    path = tmp_path / "prompts.txt"
+    anchors = [
+        anchored(path, max_new_tokens=100),
+        anchored(path, max_new_tokens=7, residual={"size": 16}),
+    ]
+    recipe, model = recipe_for("llama", {"r": 2}, anchors=anchors)
+    shape = plan.model_shape(recipe, 1, "cpu")
+    assert (shape.anchor_answers, shape.anchor_tokens) == (3 * 107, 2 * 3 * 107)
+    prompts = chat.encode(load_tokenizer(recipe.model.name_or_path), ["one", "two"])
+    streams = (2 * 7 + sum(map(len, prompts))) * model.config.num_hidden_layers * 16 * 4
+    likely = 2 * 107 * 5
+    assert plan._taught_bytes(recipe, shape, plan.ID_IN_MEMORY) == likely * (8 + 4) + streams
+    checkpoints = 2 * shape.trained * 3 * 4
+    assert plan.disk_bytes(recipe) == likely * (4 + 4) + streams + checkpoints
+    assert "teachers said" not in plan.memory_line(recipe, ONE, "cpu")
+    assert "what teachers said takes 0.00 of each process's own" in plan.memory_line(
+        recipe, ONE, "cuda"
+    )
+
+
+def test_a_pull_keeps_where_all_weights_began_and_how_far_they_came(recipe_for):
+    plain, pulled = (
+        training_memory(plan.model_shape(recipe_for("llama", None, **l2)[0], 1, "cpu"), ONE)
+        for l2 in ({}, {"l2": 0.1})
+    )
+    assert pulled.weights == 2 * plain.weights
+    assert pulled.activations == plain.activations + plain.weights
+    adapted, _ = recipe_for("llama", {"r": 2}, l2=0.1)
+    shape = plan.model_shape(adapted, 1, "cpu")
+    assert training_memory(shape, ONE).weights == 4 * (shape.weights + shape.trained)
+
+
+def test_disk_counts_the_checkpoints_that_are_kept(recipe_for):
+    for trainer, copies in (
+        ({}, 2),
+        ({"save_total_limit": 3}, 4),
+        ({"save_total_limit": None}, 11),
+        ({"save_strategy": "no"}, 0),
+    ):
+        recipe, model = recipe_for("llama", None, trainer={"max_length": 1, **trainer})
+        weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+        # A checkpoint: the weights and two moments. The model itself is saved at the end.
+        assert plan.disk_bytes(recipe) == weights * (1 + 3 * copies)

@@ -293,7 +293,7 @@ def test_our_defaults_stand_where_the_recipe_says_nothing(recipe):
     assert args.precompute_ref_log_probs is True
     assert args.gradient_checkpointing is False
     assert args.learning_rate == 1e-5
-    assert args.save_total_limit == 1
+    assert (args.save_strategy, args.save_steps, args.save_total_limit) == ("steps", 0.1, 1)
     assert args.max_length == 1024
     assert args.bf16 is False
     assert args.fp16 is False
@@ -312,6 +312,13 @@ def test_the_recipe_has_the_last_word(recipe):
     args = build(with_train(recipe, trainer=block))
     assert (args.num_train_epochs, args.bf16, args.warmup_steps) == (2, True, 5)
     assert args.lr_scheduler_type == "linear"
+
+
+def test_checkpoints_are_as_the_recipe_says_where_it_says_anything(recipe):
+    assert build(with_train(recipe, trainer={"save_steps": 7})).save_steps == 7
+    for strategy in ("epoch", "no"):
+        train = with_train(recipe, trainer={"save_strategy": strategy}).train
+        assert not any(line.startswith("save_steps") for line in differences_from_trl(train))
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

@@ -5,6 +5,7 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_trainer.py
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +16,21 @@ from common.chat import NO_THINKING
 from common.edits import SIDECAR, apply_to_weights, component_along, save_edit
 from common.errors import StageError
 from common.model import tokenizer_files
+from common.recipe import load_recipe
 from tests.editing import edit_of
 from tests.training import settings_of, taught
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, anchor_and_stream_loss, anchor_loss
 from train.constraint import keep_ablated
 from train.pull import Distance
+from train.settings import build_trainer_settings
 from train.stage import save
 from train.streams import Sketch
 from train.trainer import HealingTrainer, WeightedAnchor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # trl's and torch's own
 
+PATIENT = Path(__file__).parents[3] / "recipes" / "patient.yaml"
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 ADAPTER = {"r": 4, "lora_alpha": 8}
 SKETCH = Sketch(8, (DIRECTION / DIRECTION.norm())[None])
@@ -319,6 +323,37 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(
     assert [entry["loss"] for entry in _steps(resumed)][-3:] == [e["loss"] for e in _steps(whole)][
         -3:
     ]
+
+
+@pytest.mark.parametrize(("launched", "bf16"), [("bf16", False), ("no", True)])
+def test_the_precision_is_the_recipes_whatever_the_launch_says(
+    launched, bf16, model, tokenizer, pairs, tmp_path, monkeypatch
+):
+    losses = []
+    for variable in (launched, None):
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", variable)
+        args = build_trainer_settings(
+            load_recipe(PATIENT, ["train.trainer={max_steps: 2, save_strategy: 'no'}"]),
+            output_dir=tmp_path,
+            world_size=1,
+            use_cpu=True,
+            bf16=bf16,
+        )
+        torch.manual_seed(0)
+        trainer = HealingTrainer(
+            model=copy.deepcopy(model),
+            args=args,
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            peft_config=build_adapter(ADAPTER),
+        )
+        trainer.train()
+        assert (args.bf16, args.fp16) == (bf16, False)
+        assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
+        losses.append([entry["loss"] for entry in _steps(trainer)])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "full"])
