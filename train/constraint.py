@@ -149,11 +149,16 @@ def hold_norms(model: nn.Module, edit: Edit) -> None:
             writer.post_norm.requires_grad_(False)
 
 
-def penalty(drifts: Sequence[Drift]) -> Tensor:
-    """The mean over writers of |U^T dW|_F^2 / (|W|_F^2 k / d_model), of parameters alone: the same on every process."""
+def penalty(drifts: Sequence[Drift], device: torch.device) -> Tensor:
+    """The mean over writers of |U^T dW|_F^2 / (|W|_F^2 k / d_model), of parameters alone: the same on every process.
+
+    Args:
+        drifts: of the writers.
+        device: where the model computes; what is spread over several GPUs is added up there.
+    """
     # Autocast would round what is squared here.
-    with torch.autocast(drifts[0].basis.device.type, enabled=False):
-        return torch.stack([drift.square() for drift in drifts]).mean()
+    with torch.autocast(device.type, enabled=False):
+        return torch.stack([drift.square().to(device) for drift in drifts]).mean()
 
 
 def penalty_weight(step: int, num_steps: int) -> float:

@@ -145,11 +145,14 @@ def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
     models = 2 * shape.weights * shape.width
     unit = "process" if device == "cpu" else "GPU"
     plural = "es" if device == "cpu" else "s"
-    where = (
-        f"on each of {strategy.processes} {unit}{plural}"
-        if strategy.processes > 1
-        else f"on one {unit}"
-    )
+    # One process spreads a model over all GPUs that it sees (`common.model.load_model`).
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if strategy.processes > 1:
+        where = f"on each of {strategy.processes} {unit}{plural}"
+    elif gpus > 1:
+        where = f"over {gpus} GPUs together"
+    else:
+        where = f"on one {unit}"
     rest = f"; stage three's two models take {models / GIB:.2f}" if models > memory.total else ""
     if taught and device != "cpu":
         rest += f"; what teachers said takes {taught / GIB:.2f} of each process's own memory"

@@ -136,7 +136,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
 
     def _penalty_term(self) -> Tensor:
         """Of parameters alone, so every forward pass of a step gives the same, and the trainer's average is it."""
-        term = penalty(self.penalized)
+        term = penalty(self.penalized, self.accelerator.device)
         self._metrics["train"]["keep_ablated/penalty"].append(term.item())
         return penalty_weight(self.state.global_step, self.state.max_steps) * term
 

@@ -65,7 +65,7 @@ def _steps(model, drifts, mesh=None):
         # Different rows for each half, as two processes have.
         ids = torch.randint(3, 280, (2, 8), generator=torch.Generator().manual_seed(step))
         mine = ids if mesh is None else ids[mesh.get_rank() :][:1]
-        (model(input_ids=mine, labels=mine).loss + penalty(drifts)).backward()
+        (model(input_ids=mine, labels=mine).loss + penalty(drifts, mine.device)).backward()
         # Sharding puts new parameters in the place of the old.
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         gradients = {f"grad {name}": _whole(p.grad).clone() for name, p in trained.items()}

@@ -105,7 +105,7 @@ def test_penalty_and_residual_and_gradient_are_those_of_the_whole_change(
     assert {len(drift.basis) for drift in drifts} == {2}
     shares = _explicit(trained, start, drifts)
     assert residual(drifts) == pytest.approx(math.sqrt(float(shares.max())), rel=1e-12)
-    ours, theirs = penalty(drifts), shares.mean()
+    ours, theirs = penalty(drifts, torch.device("cpu")), shares.mean()
     assert float(ours) == pytest.approx(float(theirs), rel=1e-12)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     mine = torch.autograd.grad(ours, parameters, allow_unused=True)

@@ -6,6 +6,7 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_plan.py
 import re
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from common import chat
@@ -101,6 +102,13 @@ def test_the_memory_line_names_the_launch_its_processes_and_every_part(recipe_fo
         line,
     )
     assert "on one process (one process: weights" in plan.memory_line(recipe, ONE, "cpu")
+
+
+def test_one_process_takes_all_gpus_that_it_sees(recipe_for, monkeypatch):
+    recipe, _ = recipe_for("llama", {"r": 2})
+    for seen, words in ((1, "on one GPU"), (8, "over 8 GPUs together")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        assert f"GiB {words} (one process: weights" in plan.memory_line(recipe, ONE, "cuda")
 
 
 def test_an_optimizer_in_eight_bits_keeps_a_quarter(recipe_for):
