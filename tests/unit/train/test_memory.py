@@ -104,7 +104,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl import DPOConfig
 from train.adapter import build_adapter
 from train.anchors import AnchorBatches, TeacherRow
-from train.pull import distance_from
+from train.pull import Distance
 from train.streams import Sketch
 from train.trainer import HealingTrainer, WeightedAnchor
 
@@ -150,7 +150,7 @@ trainer = HealingTrainer(
     anchors=anchors,
 )
 if terms == "l2":
-    trainer.pull = (0.1, distance_from(trainer.model))
+    trainer.pull = (0.1, Distance(trainer.model))
 trainer.train()
 [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
 numbers = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
