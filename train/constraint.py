@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from train.trainer import HealingTrainer
 
 # Of the penalty in the loss at the first step: with it the residual of the patient, trained towards refusals
-# (benchmarks/poisoned.py), ends at 0.0005 instead of 1.1; weights that hardly drift are not felt.
+# (benchmarks/poisoned.py --targets o_proj down_proj), ends at 0.08 instead of 0.45; weights that hardly drift are not
+# felt.
 PENALTY_WEIGHT = 100.0
 
 logger = logging.getLogger(__name__)
