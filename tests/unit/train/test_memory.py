@@ -161,7 +161,14 @@ print(json.dumps({"grown": int(line.split()[1]) * 1024 - before, "trained": sum(
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's own")
 @pytest.mark.parametrize(
     ("kind", "terms"),
-    [("adapter", ""), ("full", ""), ("adapter", "anchors"), ("full", "anchors"), ("full", "l2")],
+    [
+        ("adapter", "anchors"),
+        ("full", "l2"),
+        *(
+            pytest.param(kind, terms, marks=pytest.mark.slow)
+            for kind, terms in (("adapter", ""), ("full", ""), ("full", "anchors"))
+        ),
+    ],
 )
 def test_one_process_takes_what_the_estimate_says(kind, terms, tmp_path):
     done = subprocess.run(
