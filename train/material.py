@@ -81,18 +81,11 @@ def prepare(
     pieces += by_damage.pieces if by_damage is not None else []
     _make_missing(pieces, recipe, upstream)
     found, counts = pairs.mix(recipe, screen, by_damage)
-    answered = [
-        _answered(index, anchor, own)
+    taught = [
+        _taught(index, anchor, own, by_damage)
         for index, (anchor, own) in enumerate(zip(recipe.train.anchors, lessons, strict=True))
     ]
-    anchors = [
-        _drawn(index, anchor, *kept, by_damage)
-        for index, (anchor, kept) in enumerate(zip(recipe.train.anchors, answered, strict=True))
-    ]
-    refused = [
-        len(own.answers.prompts) - len(rows)
-        for own, (rows, _) in zip(lessons, answered, strict=True)
-    ]
+    anchors, refused = [rows for rows, _ in taught], [number for _, number in taught]
     domains = Counter(pair.domain for pair in found if pair.domain is not None)
     limit = screen.limit().as_data() if recipe.train.filters.direction else None
     by_domain = dict(sorted(domains.items()))
@@ -115,37 +108,26 @@ def _lessons(anchor: Anchor, shelf: Shelf, edit: Edit) -> Lessons:
     )
 
 
-def _answered(
-    index: int, anchor: Anchor, own: Lessons
-) -> tuple[list[TeacherRow], list[str | None]]:
-    """The rows that its teacher does not refuse, which would teach refusal again, and their domains."""
-    domains = [question.domain for question in load_questions(anchor.prompts)]
-    if not anchor.drop_refusals:
-        return own.rows(), domains
+def _taught(
+    index: int, anchor: Anchor, own: Lessons, by_damage: DamageAwareMix | None
+) -> tuple[list[TeacherRow], int]:
+    """An anchor's rows, and how many prompts its teacher refuses and are left out: they would teach refusal again."""
+    rows, domains = own.rows(), [question.domain for question in load_questions(anchor.prompts)]
     kept = [
-        (row, domain)
-        for row, domain, text in zip(own.rows(), domains, own.answers.texts(), strict=True)
-        if not is_refusal(text)
+        place
+        for place, text in enumerate(own.answers.texts())
+        if not (anchor.drop_refusals and is_refusal(text))
     ]
     if not kept:
         raise StageError(
-            f"train.anchors[{index}]: the {anchor.to} model refuses all {len(domains)} prompts, so nothing is left to "
+            f"train.anchors[{index}]: the {anchor.to} model refuses all {len(rows)} prompts, so nothing is left to "
             "hold; name prompts that it answers, or set drop_refusals to false where its refusals are to stay"
         )
-    return [row for row, _ in kept], [domain for _, domain in kept]
-
-
-def _drawn(
-    index: int,
-    anchor: Anchor,
-    rows: list[TeacherRow],
-    domains: list[str | None],
-    by_damage: DamageAwareMix | None,
-) -> list[TeacherRow]:
-    if by_damage is None or anchor.prompts.domain is None:
-        return rows
-    (drawn,) = by_damage.draw(f"anchor {index}", [rows], [domains], [1.0])
-    return drawn
+    num_refused = len(rows) - len(kept)
+    rows, domains = [rows[place] for place in kept], [domains[place] for place in kept]
+    if by_damage is not None and anchor.prompts.domain is not None:
+        (rows,) = by_damage.draw(f"anchor {index}", [rows], [domains], [1.0])
+    return rows, num_refused
 
 
 def _make_missing(pieces: Sequence[Piece], recipe: Recipe, upstream: Mapping[str, Path]) -> None:

@@ -86,6 +86,15 @@ def test_every_block_is_gathered_by_itself(adapter, make_trainer, mesh):
     assert all(isinstance(block, FSDPModule) for block in blocks)
 
 
+def test_the_trainer_keeps_the_launchs_policy_before_it_prepares_its_model(
+    make_trainer, monkeypatch
+):
+    kept = []
+    monkeypatch.setattr("train.trainer.keep_wrap_policy", kept.append)
+    trainer = make_trainer({"r": 4, "lora_alpha": 8})
+    assert kept == [trainer.accelerator]
+
+
 class Moved(TrainerCallback):
     """How far the weights have gone after each step, written without the code under test."""
 
