@@ -1,20 +1,24 @@
 """The processes of one launch: who they are, how they share work, and whether they are as many as was asked.
 
 Every process takes part in every stage: lists are dealt out, results gathered on all. Written on
-accelerate's PartialState, so the same code runs in one process and in many.
+accelerate's PartialState, so the same code runs in one process and in many. What takes more room than a process has
+is left to the main one (`by_main`), which works as if it were alone.
 """
 
+import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+import psutil
 import torch
 import torch.distributed
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import HealingError, InputError
 
 if (
     TYPE_CHECKING
@@ -26,6 +30,12 @@ Result = TypeVar("Result")
 
 # One process may work for hours while the others wait at a barrier; torch's default of 30 minutes would end them.
 TIMEOUT = timedelta(days=7)
+
+
+class _Others:
+    """Whether this process may ask the others for anything: they wait while it works `by_main`."""
+
+    are_waiting = False
 
 
 def start(expected: int | None = None) -> "PartialState":
@@ -79,7 +89,7 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     state = _state()
-    return state.num_processes if state is not None else 1
+    return state.num_processes if state is not None and not _Others.are_waiting else 1
 
 
 def is_main() -> bool:
@@ -96,8 +106,66 @@ def device() -> torch.device:
 def barrier() -> None:
     """Wait for the other processes."""
     state = _state()
-    if state is not None:
+    if state is not None and not _Others.are_waiting:
         state.wait_for_everyone()
+
+
+def room() -> int:
+    """The bytes that this process has for itself: its GPU's memory, or its share of the machine's."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_properties(device()).total_memory
+    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def by_main(work: Callable[[], Result]) -> Result:
+    """Let the main process work as if it were the only one, with every GPU of its machine, while the others wait.
+
+    Args:
+        work: what takes models that no process has room for by itself.
+
+    Returns:
+        What came of it, on every process.
+
+    Raises:
+        HealingError: what it raised of these, on every process.
+    """
+    if world_size() == 1:
+        return work()
+    # Not NCCL: it waits in a kernel, and that would take turns with the main process's on the same GPU.
+    group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    _free_cached_memory()
+    # The others' memory is free once all are here.
+    torch.distributed.barrier(group)
+    outcome: list[tuple[Result | None, HealingError | None]] = [(None, None)]
+    if is_main():
+        try:
+            with _as_the_only_one():
+                outcome = [(work(), None)]
+        except HealingError as error:
+            outcome = [(None, error)]
+    torch.distributed.broadcast_object_list(outcome, src=0, group=group)
+    torch.distributed.destroy_process_group(group)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]  # the main process's
+
+
+@contextmanager
+def _as_the_only_one() -> Iterator[None]:
+    _Others.are_waiting = True
+    try:
+        yield
+    finally:
+        _Others.are_waiting = False
+        _free_cached_memory()
+
+
+def _free_cached_memory() -> None:
+    """Give back what models left on the GPUs, where another process may need it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

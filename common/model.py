@@ -243,20 +243,43 @@ def load_model(
     """
     folder = resolve(str(path), revision)
     several_gpus = distributed.world_size() == 1 and torch.cuda.device_count() > 1
+    with _every_rank_reads_weights():
+        model = _load(
+            folder,
+            dtype,
+            device_map="auto" if several_gpus else distributed.device() if in_4bit else None,
+            quantization_config=_nf4(dtype) if in_4bit else None,
+        )
+    if not several_gpus and not in_4bit:
+        torch.nn.Module.to(model, distributed.device())
+    return model
+
+
+def load_to_shard(folder: Path, *, dtype: str) -> PreTrainedModel:
+    """A model for accelerate's FSDP 2 to share out, which moves block by block: on the CPU, since no GPU may hold it.
+
+    In the checkpoint's own dtype its weights are the file, mapped into memory once for all processes of a machine.
+
+    Args:
+        folder: of the model.
+        dtype: a torch dtype by name, or `auto` for the checkpoint's own.
+
+    Raises:
+        InputError: if the weights cannot be read.
+    """
+    with _every_rank_reads_weights():
+        return _load(folder, dtype)
+
+
+def _load(folder: Path, dtype: str, **settings: Any) -> PreTrainedModel:  # noqa: ANN401  # from_pretrained's
     try:
-        with _every_rank_reads_weights():
-            model: PreTrainedModel = auto_class(load_config(folder)).from_pretrained(
-                folder,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                device_map="auto" if several_gpus else distributed.device() if in_4bit else None,
-                quantization_config=_nf4(dtype) if in_4bit else None,
-            )
+        model: PreTrainedModel = auto_class(load_config(folder)).from_pretrained(
+            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **settings
+        )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise InputError(
             f"model: {folder} could not be loaded ({_first_line(error)}); check its files"
         ) from error
-    if not several_gpus and not in_4bit:
-        torch.nn.Module.to(model, distributed.device())
     if (folder / SIDECAR).is_file():
         add_for_good(model, load_edit(folder / SIDECAR))
     model.eval()

@@ -52,6 +52,21 @@ def without_weights(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
+def num_parameters(recipe: Recipe) -> tuple[int, int]:
+    """How many numbers the recipe's model has, and the bytes of one."""
+    model = without_weights(recipe)
+    return sum(p.numel() for p in model.parameters()), stored_dtype(recipe, model.config).itemsize
+
+
+def stored_dtype(recipe: Recipe, config: Any) -> torch.dtype:  # noqa: ANN401  # each family has a class of its own
+    """What a recipe's model is loaded in: the checkpoint's own dtype where the recipe says `auto`."""
+    if recipe.model.dtype != "auto":
+        named: torch.dtype = getattr(torch, recipe.model.dtype)
+        return named
+    own: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return own
+
+
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Every LoRA layer by its path; those of several parameters of one module stand inside each other."""
     return [

@@ -1,13 +1,25 @@
-"""What a launch shares out between its processes in training: nothing, the optimizer, or the weights too.
+"""What a launch shares out between its processes: in training nothing, the optimizer, or the weights too; else prompts.
+
+Outside training every process has a whole model, where there is room for it.
 
 accelerate passes its configuration to each process in environment variables; on a CPU it takes FSDP and DeepSpeed for
 plain data parallelism, and says nothing.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from common import distributed
+from common.recipe import Recipe
+from train.adapter import num_parameters
+
+Result = TypeVar("Result")
+
+# Stage three has two models at once; the rest is for what they compute.
+MODELS_AT_ONCE: Final = 2
+FOR_WEIGHTS: Final = 0.9
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,23 @@ def launch_strategy() -> Strategy:
     if distributed.device().type == "cpu":
         return _plain(processes)
     return strategy_of(os.environ, processes)
+
+
+def models_fit(recipe: Recipe) -> bool:
+    """Whether a process like this one has room for the whole models that it needs outside training."""
+    number, width = num_parameters(recipe)
+    return MODELS_AT_ONCE * number * width <= FOR_WEIGHTS * distributed.room()
+
+
+def with_whole_models(recipe: Recipe, work: Callable[[], Result]) -> Result:
+    """Do work that takes whole models, on all processes if they have room for them, else by the main one.
+
+    There a model is spread over every GPU of the machine (`common.model.load_model`): so a launch can train a model in
+    shards that no GPU holds.
+    """
+    if distributed.world_size() == 1 or distributed.broadcast(models_fit(recipe)):
+        return work()
+    return distributed.by_main(work)
 
 
 def strategy_of(environment: "os._Environ[str] | dict[str, str]", processes: int) -> Strategy:

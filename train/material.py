@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from common.refusal import is_refusal
 from train import pairs
 from train.anchors import Lessons, TeacherRow
 from train.damage import DamageAwareMix
+from train.launch import with_whole_models
 from train.preferences.filters import Pair
 from train.shelf import TEACHERS, Answers, Piece, Shelf, Teacher
 
@@ -137,13 +139,18 @@ def _make_missing(pieces: Sequence[Piece], recipe: Recipe, upstream: Mapping[str
         by_path.setdefault(piece.path, piece)
     missing = distributed.broadcast([not path.exists() for path in by_path])
     due = [piece for piece, is_due in zip(by_path.values(), missing, strict=True) if is_due]
+    if due:
+        with_whole_models(recipe, partial(_make, due, recipe, upstream))
+
+
+def _make(due: Sequence[Piece], recipe: Recipe, upstream: Mapping[str, Path]) -> None:
     for is_last, teacher in product((False, True), TEACHERS):
         own = [piece for piece in due if (piece.is_last, piece.teacher) == (is_last, teacher)]
         if own:
-            _make(own, _load_teacher(recipe, teacher, upstream))
+            _make_by(_load_teacher(recipe, teacher, upstream), own)
 
 
-def _make(pieces: Sequence[Piece], model: PreTrainedModel) -> None:
+def _make_by(model: PreTrainedModel, pieces: Sequence[Piece]) -> None:
     for piece in pieces:
         piece.make(model)
         distributed.barrier()

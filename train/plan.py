@@ -17,8 +17,8 @@ from common.model import load_config, load_tokenizer, resolve
 from common.prompts import load_prompts
 from common.recipe import OnPolicy, Recipe
 from train import damage, settings, stopping
-from train.adapter import build_adapter, without_weights
-from train.launch import Strategy, launch_strategy
+from train.adapter import build_adapter, stored_dtype, without_weights
+from train.launch import MODELS_AT_ONCE, Strategy, launch_strategy, models_fit
 from train.memory import FLOAT32, TILES_OF_TORCH, TILES_OF_TRITON, Shape, training_memory
 from train.stage import source_module
 
@@ -129,6 +129,8 @@ def _most_pairs(recipe: Recipe) -> int:
 def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
     """The memory that each process takes in words: the larger of stage two and of stage three's two whole models.
 
+    Where a launch's processes have no room for these, they are told by themselves: the main process holds them.
+
     Args:
         recipe: a checked recipe.
         strategy: of the launch.
@@ -142,22 +144,31 @@ def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
     parts = ", ".join(
         f"{part.name} {getattr(memory, part.name) / GIB:.2f}" for part in fields(memory)
     )
-    models = 2 * shape.weights * shape.width
+    models = MODELS_AT_ONCE * shape.weights * shape.width
     unit = "process" if device == "cpu" else "GPU"
     plural = "es" if device == "cpu" else "s"
     # One process spreads a model over all GPUs that it sees (`common.model.load_model`).
     gpus = torch.cuda.device_count() if device != "cpu" else 0
+    apart = strategy.processes > 1 and not models_fit(recipe)
     if strategy.processes > 1:
         where = f"on each of {strategy.processes} {unit}{plural}"
     elif gpus > 1:
         where = f"over {gpus} GPUs together"
     else:
         where = f"on one {unit}"
-    rest = f"; stage three's two models take {models / GIB:.2f}" if models > memory.total else ""
+    rest = ""
+    if apart:
+        place = (
+            "in the main process" if device == "cpu" else f"over the first machine's {gpus} GPUs"
+        )
+        rest = f"; whole models, of which stage three has two that take {models / GIB:.2f}, lie {place}"
+    elif models > memory.total:
+        rest = f"; stage three's two models take {models / GIB:.2f}"
     if taught and device != "cpu":
         rest += f"; what teachers said takes {taught / GIB:.2f} of each process's own memory"
     return (
-        f"about {max(memory.total, models) / GIB:.2f} GiB {where} ({strategy.name}: {parts}{rest})"
+        f"about {max(memory.total, 0 if apart else models) / GIB:.2f} GiB {where} "
+        f"({strategy.name}: {parts}{rest})"
     )
 
 
@@ -166,8 +177,6 @@ def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:
     model = without_weights(recipe)
     config: Any = model.config  # each family has a class of its own
     text = config.get_text_config()  # of a vision-language model, the part that holds the layers
-    stored = config.dtype or text.dtype or torch.float32
-    dtype = stored if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     trainer = recipe.train.trainer
     linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     packed = sum(m.weight.numel() for m in linear if m is not model.get_output_embeddings())
@@ -180,7 +189,7 @@ def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:
         packed=packed if recipe.train.load_in_4bit else 0,
         trained=_num_trained(recipe, model),
         adapter=recipe.train.adapter is not None,
-        width=dtype.itemsize,
+        width=stored_dtype(recipe, config).itemsize,
         largest_block=max(blocks),
         tokens=tokens,
         layers=text.num_hidden_layers,

@@ -164,7 +164,7 @@ def _run(recipe: Recipe, options: argparse.Namespace, runs: list[Path]) -> None:
 
     distributed.start(recipe.processes)
     if not distributed.is_main():
-        logger.setLevel(logging.WARNING)
+        _speak(logging.WARNING)
     stages = _stages()
     store = Store(Path(recipe.output_dir))
     plan = _make_plan(recipe, options, stages, store)
@@ -361,6 +361,7 @@ def _run_step(
     """
     from common import distributed  # noqa: PLC0415
     from common.tracking import artifact, tracked  # noqa: PLC0415
+    from train.launch import with_whole_models  # noqa: PLC0415
 
     with _locked(store, f"{step.name}-{step.entry.fingerprint[:24]}", wait=True):
         # With the lock in hand: whoever prunes the store takes it, too.
@@ -375,7 +376,9 @@ def _run_step(
             step.entry.folder.mkdir(parents=True, exist_ok=True)
         distributed.barrier()
         with tracked(recipe, step.name, run_folder, upstream, group) as tracker:
-            found = step.run(recipe, step.entry.folder, upstream, tracker)
+            work = partial(step.run, recipe, step.entry.folder, upstream, tracker)
+            # Stage two trains in shards what no process may have room for, and asks for whole models itself.
+            found = work() if step.name == "train" else with_whole_models(recipe, work)
             distributed.barrier()
             if distributed.is_main():
                 store.finish(
@@ -519,13 +522,18 @@ def _fail(message: str, code: int, runs: Sequence[Path]) -> int:
 def _quieten() -> None:
     """Our own lines on the screen; of the libraries only what is an error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in ("healing", "abliteration", "train", "eval", "common"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    _speak(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
+
+
+def _speak(level: int) -> None:
+    """Let our own lines through from a level on."""
+    for name in ("healing", "abliteration", "train", "eval", "common"):
+        logging.getLogger(name).setLevel(level)
 
 
 if __name__ == "__main__":

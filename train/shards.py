@@ -3,7 +3,8 @@
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 
@@ -13,9 +14,9 @@ def keep_wrap_policy(accelerator: Accelerator) -> None:
     transformers puts PEFT's policy in the configured one's place, which is FSDP 1's: accelerate's FSDP 2 does not know
     it and shares the model out as one piece, which every forward pass gathers whole.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None or plugin.fsdp_version != 2:  # of FSDP
+    if not _is_fsdp2(accelerator):
         return
+    plugin = accelerator.state.fsdp_plugin
     policy, prepare = plugin.auto_wrap_policy, accelerator.prepare
 
     def prepare_by_blocks(*args: Any, **settings: Any) -> Any:  # noqa: ANN401  # accelerate's
@@ -23,6 +24,17 @@ def keep_wrap_policy(accelerator: Accelerator) -> None:
         return prepare(*args, **settings)
 
     accelerator.prepare = prepare_by_blocks
+
+
+def share_out(accelerator: Accelerator, model: nn.Module) -> None:
+    """Under FSDP 2, put a model into its shards for a forward pass before training; the trainer will find it so."""
+    if _is_fsdp2(accelerator):
+        fsdp2_prepare_model(accelerator, model)
+
+
+def _is_fsdp2(accelerator: Accelerator) -> bool:
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and plugin.fsdp_version == 2  # of FSDP
 
 
 def full(tensor: Tensor) -> Tensor:

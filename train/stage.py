@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from common import artifacts, distributed
 from common.artifacts import Stopwatch
 from common.edits import SIDECAR, load_edit
 from common.errors import InputError
-from common.model import check_model, load_model, load_tokenizer, resolve, tokenizer_files
+from common.model import (
+    check_model,
+    load_model,
+    load_to_shard,
+    load_tokenizer,
+    resolve,
+    tokenizer_files,
+)
 from common.prompts import load_prompts
 from common.questions import check_questions, load_questions
 from common.recipe import QuickQuestions, Recipe
@@ -38,7 +46,7 @@ from train.adapter import (
 from train.anchors import AnchorBatches
 from train.constraint import keep_ablated
 from train.damage import DamageAwareMix
-from train.launch import launch_strategy
+from train.launch import launch_strategy, with_whole_models
 from train.material import Material, prepare
 from train.progress import StepBar
 from train.pull import Distance
@@ -218,8 +226,8 @@ def run(
         trainer.add_callback(stopper)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
     save(trainer, base, folder)
-    if recipe.train.adapter is not None and distributed.is_main():
-        _check_merge(recipe, trainer, base, folder / "adapter")
+    if recipe.train.adapter is not None:
+        with_whole_models(recipe, partial(_check_merge, recipe, trainer, base, folder / "adapter"))
     if distributed.is_main():
         stopped = {"stopping": stopper.summary()} if stopper is not None else {}
         _record(recipe, trainer, material, folder, tracker, chosen | stopped)
@@ -232,7 +240,13 @@ def _build_trainer(
     recipe: Recipe, folder: Path, upstream: Mapping[str, Path], material: Material, shelf: Shelf
 ) -> HealingTrainer:
     base = upstream["abliteration"] / "model"
-    model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
+    in_shards = launch_strategy().name == "FSDP2"
+    load = partial(load_to_shard, base, dtype=recipe.model.dtype)
+    model = (
+        load()
+        if in_shards
+        else load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
+    )
     arguments = settings.build_trainer_settings(
         recipe,
         output_dir=folder / "work" / "checkpoints",
@@ -246,6 +260,8 @@ def _build_trainer(
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
     trainer = HealingTrainer(
         model=model,
+        # An adapter has its reference below it. trl's own would lack what an edit adds beside the weights.
+        ref_model=load() if in_shards and recipe.train.adapter is None else None,
         args=arguments,
         train_dataset=_dataset(folder),
         processing_class=load_tokenizer(base),
@@ -256,6 +272,8 @@ def _build_trainer(
         share_prompts=recipe.train.engine == "shared",
         references=_references(recipe, shelf, arguments.mixed_precision),
     )
+    if arguments.precompute_ref_log_probs:
+        trainer.ref_model = None  # what it says is known
     keep_ablated(trainer, edit, recipe.train.keep_ablated)
     if recipe.train.l2 is not None:
         trainer.pull = (recipe.train.l2, Distance(trainer.model))
@@ -336,7 +354,9 @@ def save(trainer: HealingTrainer, base: Path, folder: Path) -> None:
 
 
 def _check_merge(recipe: Recipe, trainer: HealingTrainer, base: Path, adapter: Path) -> None:
-    """Hold what stage three and the release will load against what was trained."""
+    """Hold what stage three and the release will load against what was trained, in the main process."""
+    if not distributed.is_main():
+        return
     if launch_strategy().shards_weights:
         logger.info("train: no process holds the trained model whole, so its merge is not checked")
         return

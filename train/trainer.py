@@ -20,7 +20,7 @@ from train.constraint import penalty, penalty_weight
 from train.drift import Drift, residual
 from train.pull import Distance
 from train.references import References, pair_key, token_rows
-from train.shards import keep_wrap_policy
+from train.shards import keep_wrap_policy, share_out
 from train.shared_prompts import PairCollator, SharedPrompts, take_packed
 from train.streams import Sketch
 
@@ -96,8 +96,12 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         super().__init__(*args, **kwargs)
         keep_wrap_policy(self.accelerator)
         self.anchors = anchors
-        if share_prompts:
-            self._decide_layout()
+        self._decide_layout()
+        if share_prompts and self.aux_loss_enabled and distributed.is_main():
+            logger.info(
+                "train: prompts are read with each answer, since the loss that balances the experts counts them so "
+                "(train.trainer.router_aux_loss_coef: 0 leaves it out)"
+            )
         self._anchored_step, self._micro_step = -1, 0
 
     def compute_loss(
@@ -184,6 +188,10 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         known = distributed.broadcast(self.references.read() if distributed.is_main() else {})
         missing = [index for index, key in enumerate(keys) if key not in known]
         if missing:
+            if self.ref_model is None:
+                # The policy is the reference, and may be too large for this process to hold whole.
+                self._decide_layout()
+                share_out(self.accelerator, self.model)
             # Of similar length together: less padding is read.
             missing.sort(key=lambda index: sum(map(len, token_rows(dataset[index], *cut))))
             computed = super()._precompute_ref_logps(dataset.select(missing), name, batch_size)
@@ -198,13 +206,8 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
 
     def _decide_layout(self) -> None:
         """Find out how the policy can read pairs, before its weights are in shards, which only its wrapper gathers."""
-        if not self.aux_loss_enabled:
+        if self.shares_prompts and not self.aux_loss_enabled:
             plan(self._inner(self.model))
-        elif distributed.is_main():
-            logger.info(
-                "train: prompts are read with each answer, since the loss that balances the experts counts them so "
-                "(train.trainer.router_aux_loss_coef: 0 leaves it out)"
-            )
 
     def _count_micro_step(self) -> None:
         if self.state.global_step != self._anchored_step:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from accelerate import PartialState
 
@@ -24,12 +25,29 @@ PROCESS = """
 import json
 import torch
 from common import distributed
+from common.errors import StageError
 distributed.start(2)
-calls = []
+calls, alone = [], []
 def work(part):
     calls.append(list(part))
     return [item * 10 for item in part]
+def work_alone():
+    # Each of these would wait for the other process, who takes no part.
+    distributed.barrier()
+    alone.append(distributed.world_size())
+    total = distributed.sum_over_processes(torch.tensor([4.0])).item()
+    return distributed.broadcast(total), distributed.share([1, 2, 3], lambda part: [-item for item in part])
+def fail():
+    raise StageError(f"found by {distributed.rank()}")
+def failure():
+    try:
+        distributed.by_main(fail)
+    except StageError as error:
+        return str(error)
 seen = {
+    "by main": distributed.by_main(work_alone),
+    "alone": alone,
+    "failure": failure(),
     "rank": distributed.rank(),
     "world": distributed.world_size(),
     "main": distributed.is_main(),
@@ -68,7 +86,15 @@ def test_one_process_does_everything_itself():
     assert seen == [1, 2, 3]
     assert distributed.share_batches([[1, 2], [3], []], sum, "sums") == [3, 3, 0]
     assert distributed.broadcast({"a": 1}) == {"a": 1}
+    assert distributed.by_main(lambda: "done") == "done"
     distributed.barrier()
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    whole = psutil.virtual_memory().total
+    assert distributed.room() == whole
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert distributed.room() == whole // 4
 
 
 def test_fewer_processes_than_the_recipe_asks_for_are_refused():
@@ -125,5 +151,8 @@ def test_two_processes_share_work_and_all_get_all_results():
         assert seen["batches"] == [3, 3, 4]
         assert seen["sum"] == [3.0]
         assert seen["broadcast"] == "of 0"
+        assert seen["by main"] == [4.0, [-1, -2, -3]]
+        assert seen["failure"] == "found by 0"
+    assert (first["alone"], second["alone"]) == ([1], [])
     assert first["mine"] == [[1, 3, 5], [7], []]
     assert second["mine"] == [[2, 4], [], []]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from common import chat
+from common import chat, distributed
 from common.model import load_tokenizer
 from common.recipe import Recipe
-from train import plan
+from train import launch, plan
 from train.launch import Strategy
 from train.memory import training_memory
 
@@ -109,6 +109,34 @@ def test_one_process_takes_all_gpus_that_it_sees(recipe_for, monkeypatch):
     for seen, words in ((1, "on one GPU"), (8, "over 8 GPUs together")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
         assert f"GiB {words} (one process: weights" in plan.memory_line(recipe, ONE, "cuda")
+
+
+def test_processes_without_room_for_two_whole_models_leave_them_to_the_main_one(
+    recipe_for, monkeypatch
+):
+    recipe, model = recipe_for("llama", {"r": 2})
+    two = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    asked = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(distributed, "by_main", lambda work: asked.append(work))
+    shards = Strategy("FSDP2", 2, True, True, True)
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"global_batch_size": 2})}
+    )
+    for room, by_main in ((two / 0.89, False), (two / 0.91, True)):
+        monkeypatch.setattr(distributed, "room", lambda room=room: room)
+        assert launch.with_whole_models(recipe, lambda: "done") == (None if by_main else "done")
+        assert len(asked) == by_main
+        line = plan.memory_line(recipe, shards, "cpu")
+        assert ("lie in the main process" in line) == by_main
+
+
+def test_one_process_works_by_itself_whatever_its_room(recipe_for, monkeypatch):
+    recipe, _ = recipe_for("llama", None)
+    monkeypatch.setattr(distributed, "room", lambda: 1)
+    assert launch.with_whole_models(recipe, lambda: "done") == "done"
+    assert "main process" not in plan.memory_line(recipe, ONE, "cpu")
 
 
 def test_an_optimizer_in_eight_bits_keeps_a_quarter(recipe_for):
