@@ -1,4 +1,4 @@
-"""A saved edit as a LoRA adapter in PEFT's format: exact, at the rank of the vectors that are removed.
+"""LoRA adapters: a trained one merged, and a saved edit as one, exact, at the rank of the vectors that are removed.
 
 For a writer with weight W, orthonormal vectors U [k, d_model] and strengths s the change of the weight is
 -U^T diag(s) U W, so A = U W and B = -U^T diag(s) hold it at rank k. A is read off the checkpoint, tensor by
@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from common import distributed
 from common.architecture import Layout
 from common.artifacts import write_json
 from common.edits import Edit, edited_bias
-from common.errors import InputError
+from common.errors import InputError, StageError
 from common.shards import buffer_for, read_tensor
 from common.slices import experts_of, slices_of, writes_last
 from common.stored_writers import (
@@ -75,6 +76,23 @@ def save_adapter(source: Path, edit: Edit, output: Path, base_model: str | None 
     _write_config(checkpoint, edit, partial, base_model)
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     partial.rename(output)
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """A model with a saved adapter merged into its weights; the model that is given is used up.
+
+    Raises:
+        StageError: if merging gives weights that are not finite.
+    """
+    try:
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise StageError(
+            f"the adapter in {adapter} cannot be merged ({error}); train again at a lower "
+            "train.trainer.learning_rate"
+        ) from error
+    assert isinstance(merged, PreTrainedModel)
+    return merged
 
 
 def _require_form(checkpoint: Checkpoint, edit: Edit) -> None:

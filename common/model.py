@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed
 
 from common import chat, distributed
 from common.architecture import architecture_of
@@ -243,7 +244,7 @@ def load_model(
     """
     folder = resolve(str(path), revision)
     several_gpus = distributed.world_size() == 1 and torch.cuda.device_count() > 1
-    with _every_rank_reads_weights():
+    with _whole():
         model = _load(
             folder,
             dtype,
@@ -256,7 +257,7 @@ def load_model(
 
 
 def load_to_shard(folder: Path, *, dtype: str) -> PreTrainedModel:
-    """A model for accelerate's FSDP 2 to share out, which moves block by block: on the CPU, since no GPU may hold it.
+    """A model for FSDP 2 or ZeRO-3 to share out, which move part by part: on the CPU, since no GPU may hold it whole.
 
     In the checkpoint's own dtype its weights are the file, mapped into memory once for all processes of a machine.
 
@@ -267,7 +268,7 @@ def load_to_shard(folder: Path, *, dtype: str) -> PreTrainedModel:
     Raises:
         InputError: if the weights cannot be read.
     """
-    with _every_rank_reads_weights():
+    with _whole():
         return _load(folder, dtype)
 
 
@@ -318,15 +319,22 @@ def _weight_problems(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _every_rank_reads_weights() -> Iterator[None]:
-    # Under accelerate's FSDP variables from_pretrained leaves all ranks but the first without weights.
+def _whole() -> Iterator[None]:
+    """Let from_pretrained give every process a whole model, whatever the launch shares out in training."""
+    # Under accelerate's FSDP variables it may leave all ranks but the first without weights.
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(name)
     if before is not None:
         os.environ[name] = "false"
+    # While the settings of a ZeRO-3 training live, which trl's trainer reads, it gives each rank a part.
+    settings, deepspeed._hf_deepspeed_config_weak_ref = (
+        deepspeed._hf_deepspeed_config_weak_ref,
+        None,
+    )
     try:
         yield
     finally:
+        deepspeed._hf_deepspeed_config_weak_ref = settings
         if before is not None:
             os.environ[name] = before
 

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
-from common.errors import StageError
+from common.lora import merge_adapter
 from common.model import load_model
 from common.recipe import Recipe
 from eval.items import ModelName
@@ -41,12 +40,4 @@ def load_merged(folder: Path, adapter: Path, dtype: str) -> PreTrainedModel:
     Raises:
         StageError: if merging gives weights that are not finite.
     """
-    base = load_model(folder, dtype=dtype)
-    try:
-        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise StageError(
-            f"eval: the adapter in {adapter} cannot be merged ({error}); train again"
-        ) from error
-    assert isinstance(merged, PreTrainedModel)
-    return merged
+    return merge_adapter(load_model(folder, dtype=dtype), adapter)

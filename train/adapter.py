@@ -6,7 +6,6 @@ merged model has to answer as the trained one did, and how nearly it does is mea
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -130,18 +129,6 @@ def answer_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
     model.train(training)
     answers = torch.cat(logits).float().cpu()
     return answers - answers.mean(dim=1, keepdim=True)
-
-
-def merge(base: PreTrainedModel, adapter: Path) -> nn.Module:
-    """The abliterated model with a saved adapter merged into its weights, as stage three and the release make it."""
-    model = PeftModel.from_pretrained(base, str(adapter))
-    try:
-        whole: nn.Module = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise StageError(
-            f"train: the adapter cannot be merged ({error}); lower train.trainer.learning_rate"
-        ) from error
-    return whole
 
 
 def carried_over(trained: Tensor, packed: Tensor, full: Tensor) -> tuple[Tensor, float]:

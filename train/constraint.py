@@ -28,6 +28,7 @@ from common.recipe import Recipe
 from train.adapter import build_adapter, without_weights
 from train.drift import Drift, lora_drifts, unseen_changes, weight_drifts
 from train.launch import launch_strategy
+from train.shards import is_zero3
 
 if TYPE_CHECKING:
     from train.trainer import HealingTrainer
@@ -111,6 +112,9 @@ def keep_ablated(
             logger.info(
                 "train: the edit removes nothing, so there is nothing for keep_ablated to hold"
             )
+        return
+    if is_zero3(trainer.model):  # with mode none: see `check`
+        logger.info("train: ablation/residual is not logged, since ZeRO-3 shares the weights out")
         return
     drifts, problems = find_drifts(trainer.model, edit)
     if problems and mode != "none":

@@ -14,13 +14,15 @@ import datasets
 import torch
 import wandb
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from common import artifacts, distributed
 from common.artifacts import Stopwatch
 from common.edits import SIDECAR, load_edit
 from common.errors import InputError
+from common.lora import merge_adapter
 from common.model import (
     check_model,
     load_model,
@@ -39,7 +41,6 @@ from train.adapter import (
     build_adapter,
     carried_over,
     keep_adapter_in_float32,
-    merge,
     merge_tolerance,
     require_same_answers,
 )
@@ -52,6 +53,7 @@ from train.progress import StepBar
 from train.pull import Distance
 from train.quick import QuickEvaluation
 from train.references import References
+from train.shards import numel, share_out_blocks
 from train.shelf import Shelf, shelf_of
 from train.stopping import Baseline, StopWhenHealed
 from train.trainer import HealingTrainer, WeightedAnchor
@@ -92,6 +94,7 @@ def check(recipe: Recipe) -> list[str]:
     """What would stop this stage, found without loading a weight."""
     problems = settings.check(recipe.train.trainer, recipe.train.adapter)
     problems += _four_bit_problems(recipe)
+    problems += _checkpointing_problems(recipe)
     problems += pull.check(recipe)
     for index, source in enumerate(recipe.train.preferences):
         problems += source_module(source.name).check(source, f"train.preferences[{index}]")
@@ -129,6 +132,17 @@ def _four_bit_problems(recipe: Recipe) -> list[str]:
             "configs/ddp.yaml, or train on full precision"
         ]
     return []
+
+
+def _checkpointing_problems(recipe: Recipe) -> list[str]:
+    keys = ("activation_checkpointing", "gradient_checkpointing")
+    used = [key for key in keys if recipe.train.trainer.get(key)]
+    if not used or recipe.train.adapter is None or launch_strategy().name != "ZeRO-3":
+        return []
+    return [
+        f"train.trainer.{used[0]}: with an adapter ZeRO-3 has put away weights by the time that a block is computed "
+        "again, and training breaks off; launch with configs/fsdp2.yaml, or leave it out"
+    ]
 
 
 def inputs(recipe: Recipe, excluded: frozenset[str]) -> dict[str, object]:
@@ -224,8 +238,12 @@ def run(
     stopper = StopWhenHealed(baseline, trainer.log, work, watch, observe) if baseline else None
     if stopper is not None:
         trainer.add_callback(stopper)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
-    save(trainer, base, folder)
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
+        save(trainer, base, folder)
+    finally:
+        # accelerate keeps ZeRO-3's settings for good, under which whole models generate in step with other processes.
+        unset_hf_deepspeed_config()
     if recipe.train.adapter is not None:
         with_whole_models(recipe, partial(_check_merge, recipe, trainer, base, folder / "adapter"))
     if distributed.is_main():
@@ -240,13 +258,7 @@ def _build_trainer(
     recipe: Recipe, folder: Path, upstream: Mapping[str, Path], material: Material, shelf: Shelf
 ) -> HealingTrainer:
     base = upstream["abliteration"] / "model"
-    in_shards = launch_strategy().name == "FSDP2"
-    load = partial(load_to_shard, base, dtype=recipe.model.dtype)
-    model = (
-        load()
-        if in_shards
-        else load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
-    )
+    model, reference = _load_student(recipe, base)
     arguments = settings.build_trainer_settings(
         recipe,
         output_dir=folder / "work" / "checkpoints",
@@ -260,8 +272,7 @@ def _build_trainer(
     edit = load_edit(upstream["abliteration"] / "edit.safetensors")
     trainer = HealingTrainer(
         model=model,
-        # An adapter has its reference below it. trl's own would lack what an edit adds beside the weights.
-        ref_model=load() if in_shards and recipe.train.adapter is None else None,
+        ref_model=reference,
         args=arguments,
         train_dataset=_dataset(folder),
         processing_class=load_tokenizer(base),
@@ -284,6 +295,20 @@ def _build_trainer(
     trainer.add_callback(StepBar())
     _log_plan(trainer, material)
     return trainer
+
+
+def _load_student(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The model that is trained, and its reference where trl would load one of its own (`shards.share_out_blocks`)."""
+    strategy = launch_strategy().name
+    if strategy not in ("FSDP2", "ZeRO-3"):
+        model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
+        return model, None
+    model = load_to_shard(base, dtype=recipe.model.dtype)
+    if strategy == "ZeRO-3" or recipe.train.adapter is not None:
+        return model, None
+    reference = load_to_shard(base, dtype=recipe.model.dtype)
+    share_out_blocks(reference)
+    return model, reference
 
 
 def _references(recipe: Recipe, shelf: Shelf, precision: str) -> References:
@@ -373,7 +398,7 @@ def _check_merge(recipe: Recipe, trainer: HealingTrainer, base: Path, adapter: P
         expected, lost = carried_over(expected, packed, answer_logits(full, rows))
         tolerance += lost
         note = "; it was trained on weights in 4 bits and is merged into the full-precision ones"
-    answers = answer_logits(merge(full, adapter), rows)
+    answers = answer_logits(merge_adapter(full, adapter), rows)
     share = require_same_answers(expected, answers, tolerance)
     logger.info(
         "train: with the adapter merged in, logits differ from the trained model's by %.1e of their spread "
@@ -433,7 +458,7 @@ def _record(
 
 
 def _log_plan(trainer: HealingTrainer, material: Material) -> None:
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainable = sum(numel(p) for p in trainer.model.parameters() if p.requires_grad)
     logger.info(
         "train: %d pairs, %s anchor prompts%s, %d trainable parameters",
         len(material.pairs),

@@ -84,6 +84,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         self.penalized: Sequence[Drift] = ()
         self.pull: tuple[float, Distance] | None = None
         self.references = references
+        self._precompute_engine: Any = None  # DPOTrainer's, of DeepSpeed
         self.shares_prompts = share_prompts
         if share_prompts:
             tokenizer, settings = kwargs["processing_class"], kwargs["args"]
@@ -182,7 +183,9 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference's log-probabilities to a data set; only pairs that nobody has computed are."""
         if self.references is None:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+            self._leave_precompute_engine()
+            return dataset
         cut = (self.args.max_length, self.args.truncation_mode)
         keys = [pair_key(row, *cut) for row in dataset]
         known = distributed.broadcast(self.references.read() if distributed.is_main() else {})
@@ -195,6 +198,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             # Of similar length together: less padding is read.
             missing.sort(key=lambda index: sum(map(len, token_rows(dataset[index], *cut))))
             computed = super()._precompute_ref_logps(dataset.select(missing), name, batch_size)
+            self._leave_precompute_engine()
             pairs = zip(computed["ref_chosen_logps"], computed["ref_rejected_logps"], strict=True)
             found = dict(zip((keys[index] for index in missing), pairs, strict=True))
             if distributed.is_main():
@@ -203,6 +207,18 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         for column, side in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
             dataset = dataset.add_column(side, [known[key][column] for key in keys])
         return dataset
+
+    def _leave_precompute_engine(self) -> None:
+        """Take the hooks of DeepSpeed's engine for the reference off the model, which training wraps in its own.
+
+        TRL leaves them. Two engines then gather and free the same parameters, each by its own record of who is next.
+        """
+        engine, self._precompute_engine = self._precompute_engine, None
+        if engine is None:
+            return
+        if (hook := getattr(engine.optimizer, "fwd_pre_hook", None)) is not None:  # of ZeRO-3
+            hook.remove()
+        engine.destroy()
 
     def _decide_layout(self) -> None:
         """Find out how the policy can read pairs, before its weights are in shards, which only its wrapper gathers."""

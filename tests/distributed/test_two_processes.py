@@ -32,6 +32,8 @@ def both(demo: Demo, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -
         arguments = (*SHORTER, f"output_dir={runs}", "tracking.mode=disabled", "--until", "eval")
         done = launch(demo.recipe, *arguments, config=config)
         assert done.code == 0, done.err
+        # One speaks for both.
+        assert done.err.count("trainable parameters") == 1
         folders.append(runs / "patient")
     return folders[0], folders[1]
 

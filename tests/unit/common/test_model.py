@@ -6,15 +6,19 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/common/test_model.py
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
+from transformers.integrations import deepspeed
 
 from common.errors import InputError
 from common.model import (
     check_model,
     identity_files,
     load_model,
+    load_to_shard,
     load_tokenizer,
     resolve,
     weight_files,
@@ -54,6 +58,28 @@ def test_every_rank_reads_the_weights_whatever_the_launcher_says(model_folder, m
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert not any(p.is_meta for p in load_model(model_folder).parameters())
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+def test_a_model_is_loaded_whole_while_the_settings_of_a_zero_3_training_live(
+    model_folder, monkeypatch
+):
+    settings = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: settings)
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    for load in (load_model, load_to_shard):
+        assert all(p.numel() for p in load(model_folder, dtype="float32").parameters())
+    # trl's trainer reads them.
+    assert deepspeed.is_deepspeed_zero3_enabled()
+
+
+def test_a_model_to_be_shared_out_is_its_file_mapped_into_memory(build_model, tmp_path):
+    build_model("llama", dtype=torch.bfloat16, vocab_size=200_000).save_pretrained(tmp_path)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    model = load_to_shard(tmp_path, dtype="auto")
+    taken = process.memory_info().rss - before
+    assert taken < 0.5 * sum(p.numel() * p.element_size() for p in model.parameters())
+    assert not any(p.is_meta or p.is_cuda for p in model.parameters())
 
 
 def test_the_tokenizer_pads_on_the_left(folder):

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from common.errors import StageError
+from common.lora import merge_adapter
 from common.model import load_model
 from common.recipe import Recipe
 from eval.subjects import load_healed
@@ -24,7 +25,6 @@ from train.adapter import (
     build_adapter,
     carried_over,
     keep_adapter_in_float32,
-    merge,
     merge_tolerance,
     require_same_answers,
 )
@@ -98,7 +98,7 @@ def test_a_merged_adapter_answers_as_the_trained_model(
     trainer.train()
     trainer.save_model(str(tmp_path / "train" / "adapter"))
     trained = answer_logits(trainer.model, ROWS)
-    whole = merge(load_model(model_folder, dtype="float32"), tmp_path / "train" / "adapter")
+    whole = merge_adapter(load_model(model_folder, dtype="float32"), tmp_path / "train" / "adapter")
     share = require_same_answers(
         trained, answer_logits(whole, ROWS), MERGE_TOLERANCE[torch.float32]
     )
@@ -124,7 +124,7 @@ def test_a_merge_under_another_setting_is_refused(changed, make_trainer, model_f
     trainer.save_model(str(tmp_path / "adapter"))
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
-    whole = merge(load_model(model_folder, dtype="float32"), tmp_path / "adapter")
+    whole = merge_adapter(load_model(model_folder, dtype="float32"), tmp_path / "adapter")
     answers = answer_logits(whole, ROWS)
     with pytest.raises(StageError, match="with the adapter merged into the weights"):
         require_same_answers(
@@ -176,7 +176,7 @@ def test_an_adapter_on_weights_in_four_bits_begins_at_its_reference_and_merges_i
     without = answer_logits(full, ROWS)
     trained = answer_logits(trainer.model, ROWS)
     expected, lost = carried_over(trained, packed_answers, without)
-    whole = merge(full, tmp_path / "adapter")
+    whole = merge_adapter(full, tmp_path / "adapter")
     assert whole.model.layers[0].mlp.down_proj.weight.dtype == torch.float32
     share = require_same_answers(expected, answer_logits(whole, ROWS), lost)
     # Other weights than it was trained on: far more than rounding. But most of what was learned is there.
@@ -231,6 +231,17 @@ def test_packed_weights_are_not_shared_out(recipe, monkeypatch):
     [problem] = stage.check(recipe(load_in_4bit=True, global_batch_size=8))
     assert problem.startswith("train.load_in_4bit: FSDP2 would share out weights that are packed")
     assert stage.check(recipe(global_batch_size=8)) == []
+
+
+@pytest.mark.parametrize("key", ["activation_checkpointing", "gradient_checkpointing"])
+def test_an_adapter_over_zero_3_is_not_computed_again(key, recipe, monkeypatch):
+    recomputed = {"trainer": {key: True}, "keep_ablated": "none", "global_batch_size": 2}
+    for name, refused in (("ZeRO-3", True), ("ZeRO-2", False), ("FSDP2", False)):
+        strategy = Strategy(name, 2)
+        monkeypatch.setattr(stage, "launch_strategy", lambda strategy=strategy: strategy)
+        problems = stage.check(recipe(**recomputed))
+        assert [problem.split(":")[0] for problem in problems] == [f"train.trainer.{key}"] * refused
+        assert stage.check(recipe(**recomputed, adapter=None)) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 Run: make setup && .venv/bin/python -m pytest tests/unit/train/test_sharded_trainer.py
 """
 
+import math
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -16,6 +19,7 @@ from tests.training import settings_of
 from train.adapter import build_adapter, lora_layers
 from train.pull import Distance
 from train.references import References
+from train.shards import is_zero3, numel, share_out_blocks
 from train.trainer import HealingTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # trl's and torch's own
@@ -76,6 +80,48 @@ def test_a_training_that_finds_its_references_computed_begins_in_shards(
     for key in ("loss", "logps/chosen", "grad_norm"):
         assert _logged(sharded, key) == pytest.approx(_logged(whole, key), rel=1e-4), key
     assert _logged(whole, "loss")[-1] < 0.5
+
+
+@KINDS
+def test_references_are_the_same_from_a_model_in_shards(
+    adapter, make_trainer, mesh, tmp_path, monkeypatch
+):
+    whole = make_trainer(adapter).references.read()
+    shutil.rmtree(tmp_path / "references")
+    monkeypatch.setattr("train.trainer.share_out", lambda _accelerator, model: shard(model, mesh))
+    trainer = make_trainer(adapter)
+    found = trainer.references.read()
+    assert found.keys() == whole.keys()
+    assert all(found[key] == pytest.approx(whole[key], abs=1e-4) for key in whole)
+    # Under FSDP 2 the trainer begins with this by itself.
+    for module in trainer.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    trainer.train()
+    assert _logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert _logged(trainer, "loss")[-1] < 0.5
+
+
+def test_a_reference_in_shards_says_what_a_whole_one_does(build_model, mesh):
+    model = build_model("llama")
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        due = model(ids).logits
+        share_out_blocks(model)
+        assert all(isinstance(block, FSDPModule) for block in find_blocks(model))
+        torch.testing.assert_close(model(ids).logits, due)
+
+
+def test_what_is_in_shards_counts_whole():
+    assert numel(torch.nn.Parameter(torch.zeros(3, 4))) == 12
+    # As DeepSpeed leaves them.
+    empty = torch.nn.Parameter(torch.zeros(0))
+    empty.ds_id, empty.ds_numel = 0, 12
+    assert numel(empty) == 12
+    module = torch.nn.Module()
+    assert not is_zero3(module)
+    module.weight = empty
+    assert is_zero3(module)
 
 
 @KINDS
