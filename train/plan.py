@@ -140,36 +140,36 @@ def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
     taught = _taught_bytes(recipe, shape, ID_IN_MEMORY)
     if device == "cpu":
         shape = replace(shape, taught=taught)
-    memory = training_memory(shape, strategy)
+    memory, one = training_memory(shape, strategy), shape.weights * shape.width
     parts = ", ".join(
         f"{part.name} {getattr(memory, part.name) / GIB:.2f}" for part in fields(memory)
     )
-    models = MODELS_AT_ONCE * shape.weights * shape.width
-    unit = "process" if device == "cpu" else "GPU"
-    plural = "es" if device == "cpu" else "s"
+    models, apart = MODELS_AT_ONCE * one, strategy.processes > 1 and not models_fit(recipe)
+    # trl gathers it in one piece, before there is anything else.
+    reference = one if strategy.name == "FSDP2" and not shape.adapter else 0
+    most = max(memory.total, reference, 0 if apart else models)
+    notes = [f"{strategy.name}: {parts}"]
+    if apart:
+        main = "the main process holds"
+        if device != "cpu":
+            main = "the first machine's GPUs together hold"
+        notes.append(f"{main} whole models, in stage three two that take {models / GIB:.2f}")
+    elif models > memory.total:
+        notes.append(f"stage three's two models take {models / GIB:.2f}")
+    if reference > memory.total:
+        notes.append(f"the reference, gathered before training, takes {reference / GIB:.2f}")
+    if taught and device != "cpu":
+        notes.append(f"what teachers said takes {taught / GIB:.2f} of each process's own memory")
+    return f"about {most / GIB:.2f} GiB {_place(strategy, device)} ({'; '.join(notes)})"
+
+
+def _place(strategy: Strategy, device: str) -> str:
+    unit, plural = ("process", "es") if device == "cpu" else ("GPU", "s")
+    if strategy.processes > 1:
+        return f"on each of {strategy.processes} {unit}{plural}"
     # One process spreads a model over all GPUs that it sees (`common.model.load_model`).
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    apart = strategy.processes > 1 and not models_fit(recipe)
-    if strategy.processes > 1:
-        where = f"on each of {strategy.processes} {unit}{plural}"
-    elif gpus > 1:
-        where = f"over {gpus} GPUs together"
-    else:
-        where = f"on one {unit}"
-    rest = ""
-    if apart:
-        place = (
-            "in the main process" if device == "cpu" else f"over the first machine's {gpus} GPUs"
-        )
-        rest = f"; whole models, of which stage three has two that take {models / GIB:.2f}, lie {place}"
-    elif models > memory.total:
-        rest = f"; stage three's two models take {models / GIB:.2f}"
-    if taught and device != "cpu":
-        rest += f"; what teachers said takes {taught / GIB:.2f} of each process's own memory"
-    return (
-        f"about {max(memory.total, 0 if apart else models) / GIB:.2f} GiB {where} "
-        f"({strategy.name}: {parts}{rest})"
-    )
+    return f"over {gpus} GPUs together" if gpus > 1 else f"on one {unit}"
 
 
 def model_shape(recipe: Recipe, processes: int, device: str) -> Shape:

@@ -8,11 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
-from transformers import PreTrainedModel
-
-from common.architecture import find_blocks
 
 
 def keep_wrap_policy(accelerator: Accelerator) -> None:
@@ -37,16 +33,6 @@ def share_out(accelerator: Accelerator, model: nn.Module) -> None:
     """Under FSDP 2, put a model into its shards for a forward pass before training; the trainer will find it so."""
     if _is_fsdp2(accelerator):
         fsdp2_prepare_model(accelerator, model)
-
-
-def share_out_blocks(model: PreTrainedModel) -> None:
-    """Put the blocks of a reference into shards, as FSDP 2 does by itself; trl then does the rest of it.
-
-    trl would share it out as one piece, which every forward pass gathers whole; and it would load it without what an
-    edit adds beside the weights.
-    """
-    for block in find_blocks(model):
-        fully_shard(block)
 
 
 def is_zero3(model: nn.Module) -> bool:

@@ -53,7 +53,7 @@ from train.progress import StepBar
 from train.pull import Distance
 from train.quick import QuickEvaluation
 from train.references import References
-from train.shards import numel, share_out_blocks
+from train.shards import numel
 from train.shelf import Shelf, shelf_of
 from train.stopping import Baseline, StopWhenHealed
 from train.trainer import HealingTrainer, WeightedAnchor
@@ -298,7 +298,7 @@ def _build_trainer(
 
 
 def _load_student(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """The model that is trained, and its reference where trl would load one of its own (`shards.share_out_blocks`)."""
+    """The model that is trained, and its reference where trl would load one, without what an edit adds to it."""
     strategy = launch_strategy().name
     if strategy not in ("FSDP2", "ZeRO-3"):
         model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
@@ -306,9 +306,7 @@ def _load_student(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrain
     model = load_to_shard(base, dtype=recipe.model.dtype)
     if strategy == "ZeRO-3" or recipe.train.adapter is not None:
         return model, None
-    reference = load_to_shard(base, dtype=recipe.model.dtype)
-    share_out_blocks(reference)
-    return model, reference
+    return model, load_to_shard(base, dtype=recipe.model.dtype)
 
 
 def _references(recipe: Recipe, shelf: Shelf, precision: str) -> References:

@@ -104,6 +104,23 @@ def test_the_memory_line_names_the_launch_its_processes_and_every_part(recipe_fo
     assert "on one process (one process: weights" in plan.memory_line(recipe, ONE, "cpu")
 
 
+def test_the_reference_of_all_weights_under_fsdp_2_counts_where_it_is_the_most(
+    recipe_for, monkeypatch
+):
+    monkeypatch.setattr(distributed, "room", lambda: 1)
+    for adapter in (None, {"r": 2}):
+        recipe, model = recipe_for("llama", adapter)
+        whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+        train = recipe.train.model_copy(update={"global_batch_size": 1024})
+        recipe = recipe.model_copy(update={"train": train})
+        line = plan.memory_line(recipe, Strategy("FSDP2", 1024, True, True, True), "cuda")
+        found = re.search(r"the reference, gathered before training, takes ([\d.]+)", line)
+        assert bool(found) == (adapter is None), line
+        if found:
+            assert float(found[1]) == pytest.approx(whole / 2**30, abs=0.006)
+            assert line.startswith(f"about {found[1]} GiB on each of 1024 GPUs")
+
+
 def test_one_process_takes_all_gpus_that_it_sees(recipe_for, monkeypatch):
     recipe, _ = recipe_for("llama", {"r": 2})
     for seen, words in ((1, "on one GPU"), (8, "over 8 GPUs together")):
@@ -129,7 +146,7 @@ def test_processes_without_room_for_two_whole_models_leave_them_to_the_main_one(
         assert launch.with_whole_models(recipe, lambda: "done") == (None if by_main else "done")
         assert len(asked) == by_main
         line = plan.memory_line(recipe, shards, "cpu")
-        assert ("lie in the main process" in line) == by_main
+        assert ("the main process holds whole models" in line) == by_main
 
 
 def test_one_process_works_by_itself_whatever_its_room(recipe_for, monkeypatch):

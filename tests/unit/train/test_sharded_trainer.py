@@ -19,7 +19,7 @@ from tests.training import settings_of
 from train.adapter import build_adapter, lora_layers
 from train.pull import Distance
 from train.references import References
-from train.shards import is_zero3, numel, share_out_blocks
+from train.shards import is_zero3, numel
 from train.trainer import HealingTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # trl's and torch's own
@@ -100,16 +100,6 @@ def test_references_are_the_same_from_a_model_in_shards(
     trainer.train()
     assert _logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-4)
     assert _logged(trainer, "loss")[-1] < 0.5
-
-
-def test_a_reference_in_shards_says_what_a_whole_one_does(build_model, mesh):
-    model = build_model("llama")
-    ids = torch.arange(12).reshape(1, 12)
-    with torch.no_grad():
-        due = model(ids).logits
-        share_out_blocks(model)
-        assert all(isinstance(block, FSDPModule) for block in find_blocks(model))
-        torch.testing.assert_close(model(ids).logits, due)
 
 
 def test_what_is_in_shards_counts_whole():
