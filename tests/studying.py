@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from common import distributed  # noqa: E402
 from common.errors import StageError  # noqa: E402
-from train import run  # noqa: E402
+from train import launch, run  # noqa: E402
 
 # What the pretended edit strength costs, and the beta that heals best under it.
 BEST_BETA = {1.0: 0.1, 2.0: 0.5}
@@ -104,6 +104,7 @@ def install() -> None:
     """Put the pretended stages in the place of the real ones."""
     run._stages = pretended
     run._report = lambda _plan, _stage: None
+    launch.models_fit = lambda _recipe: True  # there are none
 
 
 def runs_of(log: Path) -> Counter[str]:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
@@ -63,6 +64,10 @@ def make_trainer(build_model, tokenizer, tmp_path):
     return make
 
 
+def _blocks(model):
+    return find_blocks(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
 def _logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -90,6 +95,7 @@ def test_references_are_the_same_from_a_model_in_shards(
     shutil.rmtree(tmp_path / "references")
     monkeypatch.setattr("train.trainer.share_out", lambda _accelerator, model: shard(model, mesh))
     trainer = make_trainer(adapter)
+    assert all(isinstance(block, FSDPModule) for block in _blocks(trainer.model))
     found = trainer.references.read()
     assert found.keys() == whole.keys()
     assert all(found[key] == pytest.approx(whole[key], abs=1e-4) for key in whole)
@@ -118,8 +124,7 @@ def test_what_is_in_shards_counts_whole():
 def test_every_block_is_gathered_by_itself(adapter, make_trainer, mesh):
     model = make_trainer(adapter).model
     shard(model, mesh)
-    blocks = find_blocks(model.get_base_model() if adapter is not None else model)
-    assert all(isinstance(block, FSDPModule) for block in blocks)
+    assert all(isinstance(block, FSDPModule) for block in _blocks(model))
 
 
 def test_the_trainer_keeps_the_launchs_policy_before_it_prepares_its_model(
