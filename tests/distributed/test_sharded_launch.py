@@ -151,9 +151,9 @@ def _finish(process: "subprocess.Popen[str]") -> str:
     return out
 
 
-def _losses(runs: Path) -> list[float]:
+def _logged(runs: Path, key: str) -> list[float]:
     lines = (runs / "patient" / "train" / "log.jsonl").read_text().splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    return [entry[key] for entry in map(json.loads, lines) if key in entry]
 
 
 def _results(runs: Path) -> Any:
@@ -187,9 +187,10 @@ def test_shards_train_and_measure_as_whole_models_do(
     done = launch(patient_recipe, *SETTINGS, *arguments, f"output_dir={whole}", config="cpu-2.yaml")
     assert done.code == 0, done.err
     _finish(start(strategy, shards, *arguments))
-    assert len(_losses(whole)) == 12
-    assert _losses(shards) == pytest.approx(_losses(whole), rel=1e-4)
-    assert _losses(whole)[-1] < _losses(whole)[0]
+    due = _logged(whole, "loss")
+    assert len(due) == 12
+    assert _logged(shards, "loss") == pytest.approx(due, rel=1e-4)
+    assert due[-1] < due[0]
     if until == "train":
         return
     one, other = _results(whole), _results(shards)
@@ -201,16 +202,28 @@ def test_shards_train_and_measure_as_whole_models_do(
                 assert its[model]["value"] == pytest.approx(mine[model]["value"], abs=0.011), mine
 
 
-def test_an_adapter_in_shards_is_recomputed_for_the_backward_pass(
-    patient_recipe: Path, launch: Launch, start: Start, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [((), RECOMPUTED), (("train.keep_ablated=soft", "train.l2=0.01"), ())],
+    ids=["recomputed", "penalized and pulled"],
+)
+def test_an_adapter_in_shards_has_what_zero_3_refuses(
+    changes: tuple[str, ...],
+    more: tuple[str, ...],
+    patient_recipe: Path,
+    launch: Launch,
+    start: Start,
+    tmp_path: Path,
 ) -> None:
-    # As a model of 70B needs it; under ZeRO-3 it is refused.
     whole, shards = tmp_path / "whole", tmp_path / "shards"
-    arguments = ("--until", "train")
+    arguments = (*changes, "--until", "train")
     done = launch(patient_recipe, *SETTINGS, *arguments, f"output_dir={whole}", config="cpu-2.yaml")
     assert done.code == 0, done.err
-    _finish(start(FSDP2, shards, *arguments, *RECOMPUTED))
-    assert _losses(shards) == pytest.approx(_losses(whole), rel=1e-4)
+    _finish(start(FSDP2, shards, *arguments, *more))
+    for key in ("loss", "keep_ablated/penalty", "l2"):
+        due = _logged(whole, key)
+        assert len(due) == 12 * (key == "loss" or bool(changes))
+        assert _logged(shards, key) == pytest.approx(due, rel=1e-3), key
 
 
 @STRATEGIES
