@@ -377,6 +377,11 @@ def plan(model: PreTrainedModel, num_rows: int = 2) -> Plan:
     return known[implementation]
 
 
+def decide(model: PreTrainedModel, found: Plan) -> None:
+    """Take what `plan` has found for the same model elsewhere, where this one can compute nothing quickly or whole."""
+    _decided.setdefault(model, {})[str(_text_config(model)._attn_implementation)] = found
+
+
 def _known_obstacle(model: PreTrainedModel) -> str | None:
     """Why packed rows are not even tried."""
     config = _text_config(model)

@@ -31,6 +31,10 @@ class RecipeError(InputError):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
+    def __reduce__(self) -> tuple[type["RecipeError"], tuple[list[str]]]:
+        """Travel to other processes with the problems, not with what they were joined to."""
+        return type(self), (self.problems,)
+
 
 class GateError(HealingError):
     """The stages ran, but a limit of `eval.accept` was missed: exit code 3."""

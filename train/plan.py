@@ -158,6 +158,11 @@ def memory_line(recipe: Recipe, strategy: Strategy, device: str) -> str:
         notes.append(f"stage three's two models take {models / GIB:.2f}")
     if reference > memory.total:
         notes.append(f"the reference, gathered before training, takes {reference / GIB:.2f}")
+    if reference:
+        host = shape.weights * FLOAT32 / GIB
+        notes.append(
+            f"until it is shared out the model takes {host:.2f} of each process's own memory"
+        )
     if taught and device != "cpu":
         notes.append(f"what teachers said takes {taught / GIB:.2f} of each process's own memory")
     return f"about {most / GIB:.2f} GiB {_place(strategy, device)} ({'; '.join(notes)})"

@@ -3,12 +3,15 @@
 DeepSpeed's ZeRO-3 leaves empty parameters in their place, which nothing here can read: only counted are they.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from transformers.integrations.deepspeed import deepspeed_config
+
+ZERO3: Final = 3
 
 
 def keep_wrap_policy(accelerator: Accelerator) -> None:
@@ -30,9 +33,22 @@ def keep_wrap_policy(accelerator: Accelerator) -> None:
 
 
 def share_out(accelerator: Accelerator, model: nn.Module) -> None:
-    """Under FSDP 2, put a model into its shards for a forward pass before training; the trainer will find it so."""
+    """Put a model into its shards for a forward pass before training; the trainer will find it so."""
     if _is_fsdp2(accelerator):
         fsdp2_prepare_model(accelerator, model)
+    share_out_by_zero3(accelerator, model)
+
+
+def share_out_by_zero3(accelerator: Accelerator, model: nn.Module) -> None:
+    """Under ZeRO-3, share a model out one parameter at a time: DeepSpeed's engine would move it to the GPU whole."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage != ZERO3 or is_zero3(model):
+        return
+    import deepspeed  # noqa: PLC0415  # only who launches it has it
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
 
 
 def is_zero3(model: nn.Module) -> bool:

@@ -48,6 +48,7 @@ from train.anchors import AnchorBatches
 from train.constraint import keep_ablated
 from train.damage import DamageAwareMix
 from train.launch import launch_strategy, with_whole_models
+from train.layout import Layout
 from train.material import Material, prepare
 from train.progress import StepBar
 from train.pull import Distance
@@ -227,18 +228,20 @@ def run(
         by_damage = DamageAwareMix(mix, quick(mix, recipe.seed), shelf, recipe.seed)
     if (halt := recipe.train.stopping) is not None:
         baseline = Baseline(halt, quick(halt, recipe.seed), shelf)
-    more = baseline.pieces if baseline is not None else ()
+    more = [*baseline.pieces] if baseline is not None else []
+    layout = Layout(shelf) if recipe.train.engine == "shared" and _in_shards() else None
+    more += [layout.piece] if layout is not None else []
     material = prepare(recipe, shelf, upstream, excluded, more, by_damage)
     chosen = {"mix": by_damage.record()} if by_damage is not None else {}
     if distributed.is_main():
         artifacts.write_jsonl(folder / "pairs.jsonl", [pair.as_row() for pair in material.pairs])
     distributed.barrier()
 
-    trainer = _build_trainer(recipe, folder, upstream, material, shelf)
-    stopper = StopWhenHealed(baseline, trainer.log, work, watch, observe) if baseline else None
-    if stopper is not None:
-        trainer.add_callback(stopper)
     try:
+        trainer = _build_trainer(recipe, folder, upstream, material, shelf, layout)
+        stopper = StopWhenHealed(baseline, trainer.log, work, watch, observe) if baseline else None
+        if stopper is not None:
+            trainer.add_callback(stopper)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
         save(trainer, base, folder)
     finally:
@@ -255,10 +258,17 @@ def run(
 
 
 def _build_trainer(
-    recipe: Recipe, folder: Path, upstream: Mapping[str, Path], material: Material, shelf: Shelf
+    recipe: Recipe,
+    folder: Path,
+    upstream: Mapping[str, Path],
+    material: Material,
+    shelf: Shelf,
+    layout: Layout | None,
 ) -> HealingTrainer:
     base = upstream["abliteration"] / "model"
     model, reference = _load_student(recipe, base)
+    if layout is not None:
+        layout.give(model)
     arguments = settings.build_trainer_settings(
         recipe,
         output_dir=folder / "work" / "checkpoints",
@@ -297,14 +307,18 @@ def _build_trainer(
     return trainer
 
 
+def _in_shards() -> bool:
+    """Whether the model is shared out from the CPU, part by part."""
+    return launch_strategy().name in ("FSDP2", "ZeRO-3")
+
+
 def _load_student(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """The model that is trained, and its reference where trl would load one, without what an edit adds to it."""
-    strategy = launch_strategy().name
-    if strategy not in ("FSDP2", "ZeRO-3"):
+    """The model that is trained, and its reference where trl would load one: that would lack what an edit adds."""
+    if not _in_shards():
         model = load_model(base, dtype=recipe.model.dtype, in_4bit=recipe.train.load_in_4bit)
         return model, None
     model = load_to_shard(base, dtype=recipe.model.dtype)
-    if strategy == "ZeRO-3" or recipe.train.adapter is not None:
+    if launch_strategy().name == "ZeRO-3" or recipe.train.adapter is not None:
         return model, None
     return model, load_to_shard(base, dtype=recipe.model.dtype)
 

@@ -20,7 +20,7 @@ from train.constraint import penalty, penalty_weight
 from train.drift import Drift, residual
 from train.pull import Distance
 from train.references import References, pair_key, token_rows
-from train.shards import keep_wrap_policy, share_out
+from train.shards import keep_wrap_policy, share_out, share_out_by_zero3
 from train.shared_prompts import PairCollator, SharedPrompts, take_packed
 from train.streams import Sketch
 
@@ -98,6 +98,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
         keep_wrap_policy(self.accelerator)
         self.anchors = anchors
         self._decide_layout()
+        share_out_by_zero3(self.accelerator, self.model)
         if share_prompts and self.aux_loss_enabled and distributed.is_main():
             logger.info(
                 "train: prompts are read with each answer, since the loss that balances the experts counts them so "

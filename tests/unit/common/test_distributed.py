@@ -5,6 +5,7 @@ Run: make setup && .venv/bin/python -m pytest tests/unit/common/test_distributed
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from accelerate import PartialState
 
 from common import distributed
-from common.errors import InputError
+from common.errors import InputError, RecipeError
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
@@ -88,6 +89,12 @@ def test_one_process_does_everything_itself():
     assert distributed.broadcast({"a": 1}) == {"a": 1}
     assert distributed.by_main(lambda: "done") == "done"
     distributed.barrier()
+
+
+def test_a_wrong_recipe_tells_other_processes_the_same():
+    error = RecipeError(["one", "two"])
+    told = pickle.loads(pickle.dumps(error))
+    assert (str(told), told.problems) == (str(error), ["one", "two"])
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
