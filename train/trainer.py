@@ -95,6 +95,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
                 pad_to_multiple_of=settings.pad_to_multiple_of,
             )
         super().__init__(*args, **kwargs)
+        self._leave_precompute_engine()
         keep_wrap_policy(self.accelerator)
         self.anchors = anchors
         self._decide_layout()
@@ -184,9 +185,7 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference's log-probabilities to a data set; only pairs that nobody has computed are."""
         if self.references is None:
-            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
-            self._leave_precompute_engine()
-            return dataset
+            return super()._precompute_ref_logps(dataset, name, batch_size)
         cut = (self.args.max_length, self.args.truncation_mode)
         keys = [pair_key(row, *cut) for row in dataset]
         known = distributed.broadcast(self.references.read() if distributed.is_main() else {})
@@ -199,7 +198,6 @@ class HealingTrainer(DPOTrainer):  # type: ignore[misc]  # trl ships no types
             # Of similar length together: less padding is read.
             missing.sort(key=lambda index: sum(map(len, token_rows(dataset[index], *cut))))
             computed = super()._precompute_ref_logps(dataset.select(missing), name, batch_size)
-            self._leave_precompute_engine()
             pairs = zip(computed["ref_chosen_logps"], computed["ref_rejected_logps"], strict=True)
             found = dict(zip((keys[index] for index in missing), pairs, strict=True))
             if distributed.is_main():

@@ -145,6 +145,21 @@ def start(patient_recipe: Path, tmp_path: Path) -> Iterator[Start]:
             process.communicate()
 
 
+@pytest.fixture
+def run_whole(patient_recipe: Path, launch: Launch, tmp_path: Path) -> Callable[..., Path]:
+    """Do the same with a whole model in each of two processes (DDP); gives its output folder."""
+
+    def run(*arguments: str) -> Path:
+        runs = tmp_path / "whole"
+        done = launch(
+            patient_recipe, *SETTINGS, *arguments, f"output_dir={runs}", config="cpu-2.yaml"
+        )
+        assert done.code == 0, done.err
+        return runs
+
+    return run
+
+
 def _finish(process: "subprocess.Popen[str]") -> str:
     out, _ = process.communicate(timeout=500)
     assert process.returncode == 0, out[-3000:]
@@ -176,16 +191,13 @@ def test_shards_train_and_measure_as_whole_models_do(
     changes: tuple[str, ...],
     until: str,
     strategy: dict[str, str],
-    patient_recipe: Path,
-    launch: Launch,
+    run_whole: Callable[..., Path],
     start: Start,
     tmp_path: Path,
 ) -> None:
-    whole, shards = tmp_path / "whole", tmp_path / "shards"
     held = strategy is FSDP2 and ADDING[0] not in changes
     arguments = (*changes, *(() if held else UNHELD), "--until", until)
-    done = launch(patient_recipe, *SETTINGS, *arguments, f"output_dir={whole}", config="cpu-2.yaml")
-    assert done.code == 0, done.err
+    whole, shards = run_whole(*arguments), tmp_path / "shards"
     _finish(start(strategy, shards, *arguments))
     due = _logged(whole, "loss")
     assert len(due) == 12
@@ -210,15 +222,12 @@ def test_shards_train_and_measure_as_whole_models_do(
 def test_an_adapter_in_shards_has_what_zero_3_refuses(
     changes: tuple[str, ...],
     more: tuple[str, ...],
-    patient_recipe: Path,
-    launch: Launch,
+    run_whole: Callable[..., Path],
     start: Start,
     tmp_path: Path,
 ) -> None:
-    whole, shards = tmp_path / "whole", tmp_path / "shards"
     arguments = (*changes, "--until", "train")
-    done = launch(patient_recipe, *SETTINGS, *arguments, f"output_dir={whole}", config="cpu-2.yaml")
-    assert done.code == 0, done.err
+    whole, shards = run_whole(*arguments), tmp_path / "shards"
     _finish(start(FSDP2, shards, *arguments, *more))
     for key in ("loss", "keep_ablated/penalty", "l2"):
         due = _logged(whole, key)
