@@ -64,6 +64,17 @@ def require_shards(trainer, *rest):
         assert parameter.numel() == 0 < parameter.ds_numel if zero3 else isinstance(parameter, DTensor)
     return save(trainer, *rest)
 
+if zero3:
+    import deepspeed
+    initialize = deepspeed.initialize
+
+    def require_parts(*, model, **settings):
+        # Whatever is whole when its engine is made goes to the GPU whole, which no CPU shows.
+        assert all(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        return initialize(model=model, **settings)
+
+    deepspeed.initialize = require_parts
+
 PartialState.__init__, DeepSpeedPlugin.__post_init__ = as_on_gpus, share_everything
 launch._plain = lambda processes: launch.strategy_of(os.environ, processes)
 distributed.room = lambda: 1
